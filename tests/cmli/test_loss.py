@@ -8,13 +8,14 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from ds_cmli.cmli import CMLILoss, PairLoss, pair_function
 from ds_cmli.cmli.normalize import l2_normalize
-from ds_cmli.cmli.reference import cmli_scores_reference, pair_loss_reference
 from tests import ranks
+from tests.cmli.cases import reference_scores
 
 G, N, M, D = 12, 20, 6, 16
 SETTINGS = list(product((False, True), (False, True)))  # vectors, sigmoid
@@ -37,9 +38,25 @@ def batch(vectors: bool, extra: bool, dtype=torch.float64):
     return image, text, token_mask, patch_mask, ids
 
 
-def duplicates_of(ids: torch.Tensor) -> torch.Tensor:
-    """bool [G, G]: pairs that share an id, each pair with itself included."""
-    return (ids[:, None] == ids).any(2)
+def duplicates_of(ids: Tensor) -> Tensor:
+    """bool [G, G]: other pairs that share an id."""
+    return (ids[:, None] == ids).any(2) & ~torch.eye(len(ids), dtype=torch.bool)
+
+
+def reference_loss(s_i2t: Tensor, s_t2i: Tensor, learned: Tensor, duplicates: Tensor | None = None) -> Tensor:
+    """The loss over the scores [G, G] of a whole batch; `learned`: 1/temperature, and the bias of a sigmoid loss."""
+    scale, *bias = learned
+    positives = torch.eye(len(s_i2t), dtype=torch.bool)
+    losses = []
+    for logits in (scale * s_i2t, scale * s_t2i.t()):
+        if not bias:
+            if duplicates is not None:
+                logits = logits.masked_fill(duplicates, -torch.inf)
+            losses.append(F.cross_entropy(logits, torch.arange(len(logits))))
+        else:
+            targets = positives if duplicates is None else positives | duplicates
+            losses.append(F.binary_cross_entropy_with_logits(logits + bias[0], targets.double()) * len(logits))
+    return sum(losses) / 2
 
 
 def test_one_over_the_temperature_is_at_most_100_and_learned_above_it_too():
@@ -68,7 +85,7 @@ def test_the_length_of_features_does_not_count_and_zeros_have_a_gradient():
     assert image.grad.isfinite().all()
 
 
-def expected_results(vectors: bool, extra: bool, dtype, learned: torch.Tensor) -> list[torch.Tensor]:
+def expected_results(vectors: bool, extra: bool, dtype, learned: Tensor) -> list[Tensor]:
     """Loss of the whole batch, and gradients of image, text and learned parameters, in fp64."""
     image, text, token_mask, patch_mask, ids = batch(vectors, extra, dtype)
     image, text = (x.double().requires_grad_() for x in (image, text))
@@ -77,31 +94,29 @@ def expected_results(vectors: bool, extra: bool, dtype, learned: torch.Tensor) -
     if vectors:
         scores = [unit_image @ unit_text.t()] * 2
     else:
-        scores = cmli_scores_reference(unit_image, unit_text, token_mask, patch_mask)
+        scores = reference_scores(unit_image, unit_text, token_mask, patch_mask)
     values = torch.cat([parameters[:1].exp(), parameters[1:]])
-    value = pair_loss_reference(*scores, values, None if ids is None else duplicates_of(ids))
+    value = reference_loss(*scores, values, None if ids is None else duplicates_of(ids))
     return [value.detach(), *torch.autograd.grad(value, (image, text, parameters))]
 
 
-def results_of_rank(rank: int, world: int, vectors: bool, extra: bool, sigmoid: bool, double: bool) -> list:
+def results_of_rank(rank: int, world: int, vectors: bool, extra: bool, sigmoid: bool, dtype: torch.dtype) -> list:
     """The same of a rank's part of the batch, for each scratch and size of blocks."""
-    dtype = torch.float64 if double else torch.float32
-    mine = slice(rank * G // world, (rank + 1) * G // world)
+    own_pairs = slice(rank * G // world, (rank + 1) * G // world)
     results = []
     # With 2**11 bytes of scratch some images keep their scores.
     for scratch_bytes, block_bytes in ((1, 1), (1, 2**24), (2**11, 1), (2**26, 2**24)):
         pair_function.CPU_BLOCK_BYTES = block_bytes
         loss = PairLoss(0.03, -2.0 if sigmoid else None, scratch_bytes=scratch_bytes).to(dtype)
         image, text, token_mask, patch_mask, ids = (
-            None if x is None else x[mine] for x in batch(vectors, extra, dtype)
+            None if x is None else x[own_pairs].clone() for x in batch(vectors, extra, dtype)
         )
         if token_mask is not None:  # each rank pads its texts to its own longest
             ends = (token_mask * torch.arange(1, M + 1)).amax()
             longest = max(1, int(ends))
-            text = text[:, :longest]
+            text = text[:, :longest].clone()
             token_mask = token_mask[:, :longest]
-        image, text = image.clone().requires_grad_(), text.clone().requires_grad_()
-        value = loss(image, text, token_mask, patch_mask, ids)
+        value = loss(image.requires_grad_(), text.requires_grad_(), token_mask, patch_mask, ids)
         value.backward()
         d_learned = torch.cat([p.grad for p in loss.parameters()])
         results.append([x.detach().double().numpy() for x in (value, image.grad, text.grad, d_learned)])
@@ -114,11 +129,9 @@ def results_of_rank(rank: int, world: int, vectors: bool, extra: bool, sigmoid: 
 )
 def test_any_ranks_blocks_and_scratch_give_the_loss_of_the_whole_batch(world, vectors, sigmoid):
     learned = torch.cat([p.detach() for p in PairLoss(0.03, -2.0 if sigmoid else None).parameters()])
-    for extra, double in product((False, True), (False, True)):
-        limit = 1e-9 if double else 1e-5
-        dtype = torch.float64 if double else torch.float32
+    for extra, (dtype, limit) in product((False, True), ((torch.float32, 1e-5), (torch.float64, 1e-9))):
         value, d_image, d_text, d_learned = expected_results(vectors, extra, dtype, learned)
-        arguments = vectors, extra, sigmoid, double
+        arguments = vectors, extra, sigmoid, dtype
         results = [results_of_rank(0, 1, *arguments)] if world == 1 else ranks.run(results_of_rank, world, *arguments)
         for setting in zip(*results, strict=True):
             # The mean over ranks is that of the whole batch.
@@ -154,22 +167,21 @@ def test_16_bit_gradients_are_those_of_the_rounded_unit_rows(dtype):
     image, text, token_mask, *_ = batch(False, False, dtype)
     value, d_image, d_text, _ = loss_and_gradients(CMLILoss(), image, text, token_mask)
     units = [l2_normalize(x).double().requires_grad_() for x in (image, text)]
-    scores = cmli_scores_reference(*units, token_mask)
-    expected = pair_loss_reference(*scores, torch.tensor([50.0], dtype=torch.float64))
+    expected = reference_loss(*reference_scores(*units, token_mask), torch.tensor([50.0]))
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     assert d_image.dtype == dtype
     d_units = torch.autograd.grad(expected, units)
-    for x, unit, d_unit, ours in zip((image, text), units, d_units, (d_image, d_text), strict=True):
+    for x, unit, d_unit, d_x in zip((image, text), units, d_units, (d_image, d_text), strict=True):
         length = x.double().norm(dim=-1, keepdim=True)
-        d_x = (d_unit - unit * (unit * d_unit).sum(-1, keepdim=True)) / length
-        assert (ours.double() - d_x).norm() < 1e-2 * d_x.norm()
+        expected_d_x = (d_unit - unit * (unit * d_unit).sum(-1, keepdim=True)) / length
+        assert (d_x.double() - expected_d_x).norm() < 1e-2 * expected_d_x.norm()
 
 
 def test_pairs_that_share_an_id_are_counted():
     image, text, token_mask, _, ids = batch(False, True)
     loss = CMLILoss().double()
     loss(image, text, token_mask, ids=ids)
-    assert loss.num_duplicates == duplicates_of(ids).sum() - len(ids) > 0
+    assert loss.num_duplicates == duplicates_of(ids).sum() > 0
     loss(image, text, token_mask)
     assert loss.num_duplicates == 0
 

@@ -13,7 +13,7 @@ from ds_cmli.config.schema import LossConfig
 from ds_cmli.losses.target_cmli import Features, TargetCMLI, WidthHead, match_patches
 from ds_cmli.models.student import Targets
 from tests import make
-from tests.cmli.cases import by_loops
+from tests.cmli.cases import reference_scores
 
 CAPTIONS = ("two words", "two words", "a red square beside a blue circle", "one", "the sky is green here")
 LOSSES = ("global", "cmli", "target_cmli", "cls_kd", "global_sigmoid", "cmli_sigmoid")
@@ -46,8 +46,7 @@ class Pairs:
         self.tokens = [t[mask].double() for t, mask in zip(tokens, batch.token_mask, strict=True)]
         self.teacher_cls, self.teacher = targets.cls.double(), list(targets.patches.double())
         self.project = lambda f: F.normalize(student.projection(f.float()).double(), dim=-1)
-        every = torch.ones(patches.shape[:2], dtype=torch.bool)
-        self.cmli = by_loops(self.project(patches), self.project(tokens), batch.token_mask, every)
+        self.cmli = reference_scores(self.project(patches), self.project(tokens), batch.token_mask)
         self.count = len(self.tokens)
 
     def cosines(self) -> Tensor:
