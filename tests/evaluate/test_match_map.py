@@ -34,7 +34,12 @@ def test_a_patch_is_tinted_by_the_square_of_its_share():
 def test_words_in_any_letters_fill_rows():
     image = torch.full((3, 8, 8), 200, dtype=torch.uint8)
     few, many = match("猫" * 99, "ł", ""), match(*["a"] * 50)
-    assert sheet(image, "", many).height > sheet(image, "", few).height > 0
+    row_height = sheet(image, "", few).height
+    drawn = np.asarray(sheet(image, "", many))
+    assert len(drawn) == 9 * row_height  # the picture and 50 words, six in a row
+    for row in range(9):
+        tile_of_row = drawn[row * row_height : (row + 1) * row_height, :176]
+        assert (tile_of_row < 255).all(2).any(1).sum() >= 176, f"row {row} has no whole tile"
 
 
 def test_pairs_that_are_asked_for(tmp_path):
