@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,14 +118,14 @@ def train(
         hardware.enforce_determinism()
     with importing():
         from ds_cmli import engine as engines
+    from ds_cmli.checkpoint.lock import run_folder
     from ds_cmli.checkpoint.save import Checkpoints
-    from ds_cmli.checkpoint.start import find_start, run_folder
+    from ds_cmli.checkpoint.start import find_start
     from ds_cmli.data.pairs import BadSamples
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.logs.meter import Meter
     from ds_cmli.logs.writer import NullWriter, Writer
     from ds_cmli.memory import out_of_memory
-    from ds_cmli.models.hf import write_config
     from ds_cmli.run import Run
 
     ds_config = engines.on_this_device(ds_config)
@@ -137,16 +136,15 @@ def train(
 
         # --- what there is to go on from
         folder = stack.enter_context(run_folder(config, resume_from))  # collective
-        start = find_start(resume_from, folder)  # collectives
+        start = find_start(config, resume_from, folder)  # collectives
         ds_config = start.keep_batch(ds_config)
         ds_config, sampler, total_steps = engines.make_plan(config, ds_config, data.order)
-        start.check(config, ds_config, accept_changes, data.fingerprint)
-        state = start.state
-        has_ended = start.has_ended(total_steps, config.run.patience)
+        start.check(ds_config, accept_changes, data.fingerprint)
+        has_ended = start.has_ended(total_steps)
         if has_ended and start.is_whole():  # collective
             return 0, folder
+        state = start.state
         profiles = profiles.left(total_steps, state.step, print_line)
-        bad = BadSamples(config.data.max_bad_share, len(data.train))  # type: ignore[arg-type]
 
         # --- the engine
         chosen = engines.with_backend(config, ds_config, device)  # collective
@@ -158,9 +156,8 @@ def train(
         built.append(engine)
         if goes_on:
             after_all.callback(engines.release, engine.engine)
-        student = engine.objective.student
-        describe = partial(write_config, config=config, student=student, words=tokenizer)
-        start.restore(engine, sampler, bad, describe)  # collectives
+        bad = BadSamples(config.data.max_bad_share, len(data.train))  # type: ignore[arg-type]
+        start.restore(engine, sampler, bad, tokenizer)  # collectives
         if has_ended:
             return 0, folder
         print_line(engines.counts_line(engine.objective, engine.teacher))

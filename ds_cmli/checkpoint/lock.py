@@ -1,4 +1,4 @@
-"""The lock of a run's folder, which one run holds at a time.
+"""The folder of a run: made by its first start, and held by one start at a time.
 
 `run.lock` names the process that holds it and is touched every 15 seconds. It is free if that
 process does not run any more on this node, if another node's has not touched it for three minutes,
@@ -9,6 +9,7 @@ time alone, lets no second start in between. It is flock's, over NFS too, or an 
 file where the file system has no flock.
 """
 
+import itertools
 import json
 import os
 import socket
@@ -17,11 +18,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 
 import psutil
 from filelock import FileLock
 
+from ds_cmli.checkpoint.storage import root_of
+from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed import this_node
 from ds_cmli.errors import UserError, blame
@@ -31,6 +35,35 @@ LOCK = "run.lock"
 LOCK_TOUCH_SECONDS = 15.0  # between two touches of the lock
 LEASE_SECONDS = 180.0  # another node's holder has ended after so long; NFS shows a touch 60 s late
 JOB = "DS_CMLI_JOB"  # variable that names the job where another scheduler than Slurm restarts it
+
+
+@contextmanager
+def run_folder(config: Config, resume: str) -> Iterator[Path]:
+    """Make the run's folder and hold its lock inside. Collective.
+
+    A new folder is removed at the end if it is empty. Raises `UserError` if another run holds it.
+    """
+    named = config.run.output_dir
+    if not named and resume not in ("auto", "never"):
+        named = str(root_of(resume).parent)  # of the run in `--resume PATH`
+    base = Path(named or f"runs/{config.run.preset}-{datetime.now():%Y%m%d-%H%M%S}")
+    folder = base
+    new: list[Path] = []
+    with written_together(base):  # collective
+        if distributed.is_main():
+            numbers = itertools.count(2)
+            while not named and folder.exists():  # of another start in this second
+                folder = base.with_name(f"{base.name}.{next(numbers)}")
+            new += [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder = distributed.broadcast_object(folder)  # collective
+        with run_lock(folder):  # collective
+            yield folder
+    finally:
+        with suppress(OSError):
+            for path in new:
+                path.rmdir()
 
 
 @dataclass(frozen=True)

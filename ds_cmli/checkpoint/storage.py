@@ -13,9 +13,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
@@ -34,6 +32,17 @@ RUN_RECORD = "run.json"
 
 
 # --- checkpoints in a folder
+
+
+def root_of(resume: str) -> Path:
+    """Return the folder of checkpoints that --resume PATH means.
+
+    PATH is a run's folder, this folder itself, or a checkpoint in it.
+    """
+    path = Path(resume).absolute()
+    if (path / CHECKSUMS).is_file():
+        return path.parent
+    return path if path.name == CHECKPOINTS else path / CHECKPOINTS
 
 
 def checkpoint_steps(root: Path) -> dict[Path, int]:
@@ -79,16 +88,6 @@ def _check_is_file(path: Path) -> None:
 
 
 # --- writing
-
-
-def write_file(path: Path, write_to: Callable[[Path], object]) -> None:
-    """Make a file by `write_to(path)`. Raises OSError."""
-    try:
-        write_to(path)
-    except (RuntimeError, SafetensorError) as error:
-        # PyTorch fails again when it closes the file, and its message hides that of the disk.
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise OSError(one_line(reason)) from error
 
 
 def sync_and_hash(path: Path) -> str:
@@ -140,43 +139,49 @@ class CheckpointWriter(TorchCheckpointEngine):
         pass  # it is there
 
     def save(self, state_dict, path):
-        self.write(Path(path), partial(save_tensors, state_dict))
+        def save_tensors(path: Path) -> None:
+            with open(path, "wb") as file:  # Python's error names the reason, PyTorch's does not
+                torch.save(state_dict, file)
+
+        self.write(Path(path), save_tensors)
 
     def load(self, path, map_location=None):
         return torch.load(path, map_location=map_location, weights_only=True)
 
     def write(self, path: Path, write_to: Callable[[Path], object]) -> None:
         """Make a file by `write_to(path)`, unless there was an error before."""
-        self.attempt(lambda: write_file(path, write_to))
+        self.attempt(lambda: write_to(path))
         if self.error is None:
             self._digests[path.name] = self._thread.submit(sync_and_hash, path)
 
     def attempt(self, action: Callable[[], object]) -> None:
-        if self.error is None:
-            try:
-                action()
-            except OSError as error:
-                self.error = one_line(error)
+        if self.error is not None:
+            return
+        try:
+            action()
+        except OSError as error:
+            self.error = one_line(error)
+        except (RuntimeError, SafetensorError) as error:
+            # PyTorch fails again when it closes the file, and its message hides that of the disk.
+            disk_error = error.__context__
+            self.error = one_line(disk_error if isinstance(disk_error, OSError) else error)
 
     def take_digest(self, name: str) -> str | None:
         """Return the SHA-256 of a file once it is on disk, which is then no part of `gather`.
 
         None if there was an error.
         """
-        digests: list[str] = []
-        if name in self._digests:
-            future = self._digests.pop(name)
-            self.attempt(lambda: digests.append(future.result()))
-        return digests[0] if digests and self.error is None else None
+        digest = self._digests.pop(name, None)
+        if digest is not None:
+            self.attempt(digest.result)
+        return digest.result() if digest is not None and self.error is None else None
 
-    def gather(self) -> dict[str, str]:
+    def gather(self) -> dict[str, str | None]:
         """Return the files of all ranks with their SHA-256, once all are on disk.
 
         `error` is then that of the first rank that has one. Collective.
         """
-        digests: dict[str, str] = {}
-        futures = self._digests.items()
-        self.attempt(lambda: digests.update((name, future.result()) for name, future in futures))
+        digests = {name: self.take_digest(name) for name in [*self._digests]}
         self._thread.shutdown()
         gathered = distributed.gather_objects((digests, self.error))  # collective
         self.error = None
@@ -185,9 +190,3 @@ class CheckpointWriter(TorchCheckpointEngine):
             if rank_error is not None and self.error is None:
                 self.error = f"rank {rank}: {rank_error}"
         return digests
-
-
-def save_tensors(content: Any, path: Path) -> None:
-    """Write a file of PyTorch, through Python's file, whose error names the reason."""
-    with open(path, "wb") as file:
-        torch.save(content, file)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_cmli.checkpoint import storage
 from ds_cmli.checkpoint.start import RunStart, find_start
 from ds_cmli.checkpoint.state import TrainState
+from ds_cmli.checkpoint.storage import CheckpointWriter
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import OptimConfig
@@ -24,6 +24,7 @@ from tests.conftest import ZERO1
 from tests.drive_train import drive
 
 pytestmark = pytest.mark.usefixtures("alone")
+TINY = load_preset("tiny", {})
 OPTIMIZER = f"{'bf16_' * bf16_is_fast()}zero_pp_rank_0_mp_rank_00_optim_states.pt"
 SMALL = {"--steps": 8, "--log-every": 1, "--save-every": 2, "--keep": 3, "--eval-every": 3}
 
@@ -76,7 +77,7 @@ def test_each_damaged_file_is_named_and_the_one_before_taken(run, damage, capsys
     for name in names:
         whole = (newest / name).read_bytes()
         damage(newest / name)
-        start = find_start("auto", run)
+        start = find_start(TINY, "auto", run)
         assert start.checkpoint is not None and start.checkpoint.name == "step2", name
         (line,) = capsys.readouterr().out.splitlines()
         assert "step4 is damaged" in line and name in line
@@ -84,7 +85,7 @@ def test_each_damaged_file_is_named_and_the_one_before_taken(run, damage, capsys
     (frozen,) = (run / "checkpoint").glob("frozen-*")
     damage(frozen)  # of both
     with pytest.raises(UserError, match=f"step2 is damaged: ../{frozen.name} .*there is no other"):
-        find_start("auto", run)
+        find_start(TINY, "auto", run)
 
 
 @pytest.mark.parametrize("content", [None, "a pipe", b"step9", b"\xff\xfe", b"../step2"])
@@ -96,7 +97,7 @@ def test_a_damaged_pointer_leaves_the_newest_whole_one(run, content):
     elif content is not None:
         pointer.write_bytes(content)
     shutil.copytree(run / "checkpoint" / "step4", run / "checkpoint" / "step6.writing")
-    start = find_start("auto", run)
+    start = find_start(TINY, "auto", run)
     assert start.checkpoint is not None and start.checkpoint.name == "step4"
 
 
@@ -127,17 +128,20 @@ def test_a_file_that_somebody_has_put_there_is_one_line_and_runs_no_code(
 
 @pytest.mark.parametrize("after", [0, 6])
 def test_a_full_disk_leaves_the_checkpoint_before(after, run, arguments, monkeypatch, capfd):
-    written, write_file = [], storage.write_file
+    written, write = [], CheckpointWriter.write
 
-    def full(path, write_to):
-        written.append(path)
-        if len(written) > after and "step6" in "".join(os.listdir(run / "checkpoint")):
-            raise OSError(28, "No space left on device")
-        return write_file(path, write_to)
+    def full(writer, path, write_to):
+        def write_if_there_is_room(path):
+            written.append(path)
+            if len(written) > after and "step6" in "".join(os.listdir(run / "checkpoint")):
+                raise OSError(28, "No space left on device")
+            write_to(path)
+
+        write(writer, path, write_if_there_is_room)
 
     before = snapshot(run / "checkpoint")
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "write_file", full)
+        patch.setattr(CheckpointWriter, "write", full)
         line = refused(*arguments, "--output-dir", run, "--steps", "6", "--resume-with-changes")
     assert "the last checkpoint could not be written" in line and "No space left" in line
     assert "warning: no checkpoint at step 6, the one before stays" in capfd.readouterr().out
@@ -189,17 +193,16 @@ def test_a_run_whose_source_is_a_run_goes_on_to_the_bit(stopped, arguments, tmp_
 
 def test_the_best_result_on_other_data_does_not_count(run, arguments, tmp_path):
     other = make.pairs(tmp_path / "other", 12)
-    start = find_start("auto", run)
+    start = find_start(TINY, "auto", run)
     assert start.state.best["step"] == 3
-    config = load_preset("tiny", {"data": {"val_source": other}})
-    ds_config = DeepSpeedConfig.of(ZERO1).filled(config, 1, 8)
-    start.check(config, ds_config, accept_changes=True)
+    start.config = load_preset("tiny", {"data": {"val_source": other}})
+    start.check(DeepSpeedConfig.of(ZERO1).filled(start.config, 1, 8), accept_changes=True)
     assert start.state.best == {} and start.state.worse_in_row == 0
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_the_numbers_that_do(monkeypatch):
     state = TrainState(world_size=2, train_batch_size=24, accumulation=2)
-    start = RunStart(Path("run"), Path("run/checkpoint/step2"), state)
+    start = RunStart(TINY, Path("run"), Path("run/checkpoint/step2"), state)
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     kept = start.keep_batch(DeepSpeedConfig.of({**ZERO1, "train_micro_batch_size_per_gpu": 6}))
     assert [kept[key] for key in BATCH_KEYS] == [24, 4, 2]

@@ -2,10 +2,11 @@
 
 import os
 import resource
+from functools import partial
 
 import torch
 
-from ds_cmli.checkpoint.storage import CheckpointWriter, find_damage, save_tensors
+from ds_cmli.checkpoint.storage import CheckpointWriter, find_damage
 from ds_cmli.checkpoint.weights import write_weights
 
 MEGABYTE = {"weight": torch.zeros(2**18)}
@@ -14,10 +15,13 @@ MEGABYTE = {"weight": torch.zeros(2**18)}
 def test_a_disk_that_takes_no_more_is_told_as_the_system_does(tmp_path):
     """Not as PyTorch's "unexpected pos 576 vs 534"."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for write in (lambda path: save_tensors(MEGABYTE, path), lambda path: write_weights(MEGABYTE, path)):
+    for write in (
+        lambda writer, path: writer.save(MEGABYTE, path),
+        lambda writer, path: writer.write(path, partial(write_weights, MEGABYTE)),
+    ):
         writer = CheckpointWriter()
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))  # as of a disk
-        writer.write(tmp_path / "file", write)
+        write(writer, tmp_path / "file")
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert "File too large" in writer.error and "pos" not in writer.error
 
