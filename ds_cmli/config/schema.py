@@ -125,6 +125,9 @@ class DataConfig:
     """Column of the image; "": detected."""
     caption_key: Text = ""
     """Column, or key in JSON, of the caption; "": detected."""
+    caption_weights: Annotated[dict[str, Positive], Field(min_length=1)] | None = None
+    """Columns, or keys in JSON, of captions, of which training draws each as often as its weight
+    says; evaluations use all of them, or `caption_key`."""
     image_size: Annotated[int, Field(ge=1, le=4096)] = 84
     """Pixels, square."""
     resize: Resize = "crop"
@@ -153,6 +156,12 @@ class DataConfig:
     probability of a flip (captions may name left and right), the change of colours."""
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
     """The run stops if the share of broken images and empty captions exceeds this."""
+
+    def __post_init__(self) -> None:
+        if self.caption_weights:
+            # Draws depend on the order of the columns, so the order of the user must not matter.
+            self.caption_weights = dict(sorted(self.caption_weights.items()))
+            choice("data.caption_key", self.caption_key, ["", *self.caption_weights])
 
 
 @dataclass(config=STRICT)

@@ -14,7 +14,8 @@ from ds_cmli.data.opening import open_source, split_weights
 from ds_cmli.data.order import FullOrder, Order, WindowedOrder
 from ds_cmli.data.pairs import Collate, EvalPairs, Images, Share, TrainPairs
 from ds_cmli.data.scenes import EVAL_SCENES, EVAL_SEED, TRAIN_SCENES, DemoPictures, Scenes
-from ds_cmli.data.sources import MAX_FULL, is_large, shard_sizes
+from ds_cmli.data.shard_cache import ShardError
+from ds_cmli.data.sources import MAX_FULL, Source, is_large, shard_sizes
 from ds_cmli.data.sources.remote import check_cache
 from ds_cmli.data.tokens import CaptionTokenizer, tokenizer_of
 from ds_cmli.errors import UserError
@@ -46,12 +47,16 @@ class Data:
 def build_data(config: DataConfig, seed: int, heartbeat: Callable[[], None] = lambda: None) -> Data:
     """Open all data that `config` describes. Raises `UserError` for what cannot be trained on."""
     if config.source == "demo":
-        for name in ("val_source", "image_root", "image_key", "caption_key"):
+        for name in ("val_source", "image_root", "image_key", "caption_key", "caption_weights"):
             value = getattr(config, name)
             check(not value, f"data.{name}", value, "the demo has none, leave it out")
         return _demo(config, seed)
     names, weights = split_weights(config.source)
     opened = {name: open_source(name, config, heartbeat) for name in names}
+    if config.caption_weights:
+        for name, (_, parts) in opened.items():
+            if "train" in parts:
+                check_columns(name, parts["train"], config.caption_weights)
     held_out = held_out_parts(opened, config, heartbeat=heartbeat)
     train: dict[str, Share] = {}
     fingerprint: dict[str, dict[str, object]] = {}
@@ -99,6 +104,29 @@ def build_data(config: DataConfig, seed: int, heartbeat: Callable[[], None] = la
     check_cache([source for source, _ in train.values()], order, config.cache_gb)
     evals = {"val": EvalPairs(Images(held_out), config)}
     return Data(pairs, order, evals, tokenizer, summary, fingerprint)
+
+
+def check_columns(name: str, source: Source, weights: Mapping[str, float]) -> None:
+    """Raise `UserError` if captions of a training source have no columns, or lack one of them.
+
+    Of tars, which may be many, only the samples of the first shard are read.
+    """
+    images = Images({name: (source, range(len(source)))})
+    num_read = int(shard_sizes(source)[0]) if hasattr(source, "shard_sizes") else len(source)
+    missing = set(weights)
+    for index in range(num_read):
+        if not missing:
+            return
+        try:
+            missing -= {column for column, _ in images.captions(index)}
+        except ShardError:
+            raise
+        except Exception:  # a bad sample, for which another one stands in
+            continue
+    if missing:
+        columns = " and ".join(sorted(missing))
+        need = "name columns of a table, or keys of the .json in tars"
+        raise UserError(f"data.caption_weights has {columns}, and {name} no such captions: {need}")
 
 
 def order_of(images: Images, weights: list[float] | None, window: int | None) -> tuple[Order, str]:

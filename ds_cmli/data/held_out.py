@@ -115,7 +115,9 @@ def evaluation_data(config: DataConfig, name: str) -> DataConfig:
         # An empty name is not a path: it would be the present folder.
         own_paths = train_paths | {_real_path(one) for one in (config.val_source,) if one}
         if path not in own_paths:
-            config = replace(config, image_root="", image_key="", caption_key="")
+            config = replace(
+                config, image_root="", image_key="", caption_key="", caption_weights=None
+            )
         config = replace(config, val_source="" if name == "demo" else name, held_out=None)
     if name == "demo":
         config = replace(config, resize="crop")  # its scenes are square

@@ -5,7 +5,9 @@ B images with a caption each, M text positions (padded), S image size in pixels.
 
 import gc
 import hashlib
+import random
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
@@ -145,9 +147,18 @@ class Images:
             if hasattr(source, "prefetch"):
                 source.prefetch(of_source)
 
-    def captions(self, index: int) -> list[str]:
+    def captions(self, index: int, column: str = "") -> list[tuple[str, str]]:
+        """Return an image's captions that are not blank, each after its column, "" if it has none.
+
+        Args:
+            column: of the captions that are wanted, if those of the source have columns; "": all.
+        """
         source, place = self.at(index)
-        captions = [text for text in source.captions(place) if text and text.strip()]
+        captions: list[tuple[str, str]] = []
+        for caption in source.captions(place):
+            of_column, text = caption if isinstance(caption, tuple) else ("", caption)
+            if text and text.strip() and (not column or of_column in ("", column)):
+                captions.append((of_column, text))
         if not captions:
             raise ValueError("empty caption")
         return captions
@@ -161,7 +172,10 @@ class TrainPairs(Dataset):
     """
 
     def __init__(self, images: Images, tokenizer: CaptionTokenizer, config: DataConfig, seed: int):
-        self.images, self.tokenizer, self.seed = images, tokenizer, seed
+        self.images = images
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.caption_weights = config.caption_weights
         self.view = View.of(config, seed)
 
     def __len__(self) -> int:
@@ -190,30 +204,45 @@ class TrainPairs(Dataset):
         raise UserError(f"{tries} samples in a row cannot be used, {where}: mend or remove them")
 
     def _pair(self, index: int, turn: int) -> Sample:
-        captions = self.images.captions(index)
-        tokens = self.tokenizer(captions[hashed(self.seed, turn, index) % 2**64 % len(captions)])
+        tokens = self.tokenizer(self._caption(index, turn))
         if not any(tokens.valid):
             raise ValueError(NO_TOKEN)
         source, place = self.images.at(index)
         image = self.view(source.image(place), turn, index)
         return Sample(image, tokens, index, hashed("image", index))
 
+    def _caption(self, index: int, turn: int) -> str:
+        captions = self.images.captions(index)
+        number = hashed(self.seed, turn, index) % 2**64
+        if not self.caption_weights:
+            _, text = captions[number % len(captions)]
+            return text
+        num_captions = Counter(column for column, _ in captions)
+        weights = [self.caption_weights[column] / num_captions[column] for column, _ in captions]
+        ((_, text),) = random.Random(number).choices(captions, weights)
+        return text
+
 
 class EvalPairs:
-    """All captions of all images, as evaluations take them."""
+    """All captions of all images, as evaluations take them: those of one column if it is named."""
 
     def __init__(self, images: Images, config: DataConfig):
-        self.images, self.view = images, View.of(config)
+        self.images = images
+        self.view = View.of(config)
         self.bad = list[Bad]()  # images whose captions cannot be read, and which are left out
         self.rows: list[tuple[int, str]] = []  # image and text of each caption
+        column = config.caption_key if config.caption_weights else ""
         images.prefetch(range(len(images)))
         for index in range(len(images)):
             try:
-                self.rows += [(index, caption) for caption in images.captions(index)]
+                self.rows += [(index, text) for _, text in images.captions(index, column)]
             except ShardError:
                 raise
             except Exception as error:
                 self.bad.append((images.name(index), described(error)))
+        if not self.rows:
+            names = ", ".join(images.names)
+            raise UserError(f"{names} has no captions to evaluate on (data.caption_key, --data)")
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -3,6 +3,16 @@
 from tests import make
 
 PAIRS = "train --data {here}/pairs"
+WEIGHTS = PAIRS + """ --set 'data.caption_weights={{"text": %s}}'"""
+
+
+def pairs(here):
+    make.pairs(here / "pairs")
+
+
+def karpathy(here):
+    make.karpathy(make.pictures(here, "a.png") / "splits.json", [("a.png", "train", ["a cat"])])
+
 
 MISTAKES = [
     ("train --data {here}/nowhere", "nowhere"),
@@ -10,6 +20,14 @@ MISTAKES = [
     (PAIRS, "pairs", lambda here: (here / "pairs").mkdir()),
     (PAIRS, "8", lambda here: make.pairs(here / "pairs", 5)),
     (PAIRS, "data.max_bad_share", lambda here: make.pairs(here / "pairs", empty=range(0, 24, 2))),
-    (PAIRS + " --set data.held_out=0.999", "data.held_out", lambda here: make.pairs(here / "pairs")),
+    (PAIRS + " --set data.held_out=0.999", "data.held_out", pairs),
+    (WEIGHTS % -1, "data.caption_weights.text", pairs),
+    (WEIGHTS % 0, "data.caption_weights.text", pairs),
+    (WEIGHTS % "NaN", "data.caption_weights.text", pairs),
+    (WEIGHTS % '1, "lnog": 1', "lnog", pairs),
+    (WEIGHTS % 1 + " --csv-caption-key long", "data.caption_key", pairs),
+    (WEIGHTS.replace("pairs", "splits.json") % 1, "data.caption_weights", karpathy),
+    (WEIGHTS.replace("{here}/pairs", "demo") % 1, "data.caption_weights"),
+    (PAIRS + " --set data.caption_weights={{}}", "data.caption_weights", pairs),
     ("train --set data.tokenizer={here}/nowhere", "data.tokenizer"),
 ]

@@ -1,12 +1,16 @@
+import json
 import random
+from itertools import chain
 from types import SimpleNamespace
 
+import datasets
 import pytest
 
+from ds_cmli.config.comparison import setting_changes, settings_to_keep
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.build import build_data
 from ds_cmli.data.pairs import BadSamples, loader
-from ds_cmli.data.sampler import GlobalBatchSampler
+from ds_cmli.data.sampler import Draw, GlobalBatchSampler
 from ds_cmli.errors import UserError
 from tests import make
 
@@ -21,7 +25,35 @@ def folders(tmp_path_factory):
     images = [{"id": i, "file_name": f"folder/{i}.png"} for i in range(20) if i != 7]
     texts = [{"image_id": image["id"], "caption": f"text {k} of {image['id']}"} for image in images for k in range(3)]
     make.json_file(root / "coco.json", {"images": images, "annotations": texts})
+    in_columns(root, "in_columns.jsonl")
     return root
+
+
+def in_columns(folder, name):
+    """Pictures with captions in two columns; the first lacks a short one, and the second a long one."""
+    rows = [{"short": f"short {n}", "long": f"long {n}"} for n in range(20)]
+    rows[0]["short"] = ""
+    rows[1]["long"] = None
+    if name.endswith(".tar"):
+        members = [
+            [(f"{n:02}.png", make.png(n)), (f"{n:02}.json", json.dumps(row).encode())] for n, row in enumerate(rows)
+        ]
+        make.shard(folder / name, chain(*members))
+    elif name.endswith(".parquet"):
+        datasets.Dataset.from_list([{"image": make.png(n), **row} for n, row in enumerate(rows)]).to_parquet(
+            folder / name
+        )
+    else:
+        make.pictures(folder, *(f"{n}.png" for n in range(20)))
+        cells = [{"image": f"{n}.png", **row} for n, row in enumerate(rows)]
+        lines = map(json.dumps, cells)
+        if name.endswith(".csv"):
+            lines = ["image,short,long", *(",".join(text or "" for text in row.values()) for row in cells)]
+        (folder / name).write_text("\n".join(lines))
+
+
+WEIGHTS = {"short": 0.3, "long": 0.7}
+REVERSED = {"long": 0.7, "short": 0.3}
 
 
 def data(folders, sources, **settings):
@@ -36,6 +68,7 @@ SOURCES = {
     "tars": ["*.tar"],
     "coco": ["coco.json"],
     "parquet": ["parquet"],
+    "columns": ["in_columns.jsonl"],
     "weighted": ["folder::0.5", "*.tar::0.3", "parquet::0.2"],
 }
 STEPS = 10  # of about three epochs
@@ -64,7 +97,8 @@ CASES = [(name, 0) for name in SOURCES] + [("tars", 3), ("weighted", 3)]
 @pytest.mark.parametrize(("name", "window"), CASES)
 def test_samples_captions_and_pixels_resume_on_any_ranks_and_workers(folders, name, window):
     sources = SOURCES[name]
-    chance, opened = random.Random(str(sources)), data(folders, sources, shuffle_window=window)
+    weights = WEIGHTS if name == "columns" else None
+    chance, opened = random.Random(str(sources)), data(folders, sources, shuffle_window=window, caption_weights=weights)
     whole, _ = run(opened, 1, 0, None, STEPS)
     for before, after in (((1, 2), (8, 0)), ((4, 0), (2, 2))):  # ranks and workers
         stop = chance.randint(1, STEPS - 1)
@@ -77,6 +111,37 @@ def test_samples_captions_and_pixels_resume_on_any_ranks_and_workers(folders, na
 
 def global_batches(seen, batch=8):
     return [sorted(seen[start : start + batch]) for start in range(0, len(seen), batch)]
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet", "tar"])
+def test_captions_are_drawn_by_the_weights_of_their_columns(tmp_path, form):
+    in_columns(tmp_path, f"0.{form}")
+    source = {"sources": [f"0.{form}"], "val_source": str(tmp_path / f"0.{form}"), "augmentation": {}}
+    opened = data(tmp_path, **source, caption_weights=WEIGHTS)
+    long_alone = data(tmp_path, **source, caption_weights=REVERSED, caption_key="long")
+
+    drawn = [[opened.train[Draw(n, turn)].tokens.text for turn in range(50)] for n in range(20)]
+
+    assert set(drawn[0]) == {"long 0"} and set(drawn[1]) == {"short 1"}
+    num_long = sum(text == f"long {n}" for n in range(2, 20) for text in drawn[n])
+    assert abs(num_long - 0.7 * 900) < 4 * (900 * 0.7 * 0.3) ** 0.5  # four standard deviations
+    assert [long_alone.train[Draw(n, 7)].tokens.text for n in range(20)] == [texts[7] for texts in drawn]
+    assert len(opened.evals["val"].rows) == 38
+    assert [text for _, text in long_alone.evals["val"].rows] == [f"long {n}" for n in range(20) if n != 1]
+
+
+def test_other_weights_of_captions_are_a_change_of_the_run():
+    equal = {"short": 0.5, "long": 0.5}
+    before, same, other, none = (
+        settings_to_keep(make.config(data={"caption_weights": weights}), {})
+        for weights in (WEIGHTS, REVERSED, equal, None)
+    )
+    assert not list(setting_changes(before, same))
+    assert list(setting_changes(before, other)) == [
+        "data.caption_weights.long: 0.7 -> 0.5",
+        "data.caption_weights.short: 0.3 -> 0.5",
+    ]
+    assert list(setting_changes(none, before)) == ['data.caption_weights: null -> {"long": 0.7, "short": 0.3}']
 
 
 def test_all_samples_bad_is_an_error(tmp_path):

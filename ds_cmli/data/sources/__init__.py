@@ -8,8 +8,8 @@ Python object for each sample, because reference counts would copy its memory in
 file's position.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,6 +24,9 @@ CAPTION_COLUMNS = {"title", "caption", "captions", "text", "sentences"}
 IMAGE_SETTING = "data.image_key (--csv-img-key)"
 CAPTION_SETTING = "data.caption_key (--csv-caption-key)"
 
+# The text, or if `data.caption_weights` is given: the column or key, and the text.
+Caption = str | tuple[str, str]
+
 ROWS_OF_SHARD = 10_000  # of a source that is not in shards, whose order cuts it into as many
 
 MAX_FULL = 10_000_000  # images in shards; the order of more is windowed unless a setting says so
@@ -37,7 +40,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
     def image(self, index: int) -> bytes: ...  # the content of the image's file, undecoded
-    def captions(self, index: int) -> list[str]: ...  # at least one
+    def captions(self, index: int) -> Sequence[Caption]: ...  # at least one
     def name(self, index: int) -> str: ...  # in messages
     def fingerprint(self) -> Mapping[str, object]: ...  # equal when a run resumes, as JSON
 
@@ -59,6 +62,15 @@ def is_large(source: Source) -> bool:
     """Return whether a source is remote, or in shards with more than `MAX_FULL` images."""
     in_shards = hasattr(source, "shard_sizes")
     return in_shards and (getattr(source, "is_remote", False) or len(source) > MAX_FULL)
+
+
+def captions_by_column(row: Mapping[str, Any], columns: Iterable[str]) -> list[tuple[str, str]]:
+    """Return the captions in some columns of a row, which may lack them: each a text or a list."""
+    captions: list[tuple[str, str]] = []
+    for column in columns:
+        value: Any = row.get(column)
+        captions += [(column, text) for text in (value if isinstance(value, list) else [value])]
+    return captions
 
 
 def find_column(columns: Iterable[str], usual: set[str], setting: str) -> str:

@@ -1,6 +1,7 @@
 """Arrow and parquet by `datasets`: parquet files, folders of save_to_disk, data sets of the hub."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,9 @@ from ds_cmli.data.sources import (
     IMAGE_COLUMNS,
     IMAGE_SETTING,
     PART_OF_SPLIT,
+    Caption,
     Source,
+    captions_by_column,
     find_column,
 )
 from ds_cmli.errors import UserError, blame
@@ -80,13 +83,14 @@ class ArrowRows:
         if not self.image_key and len(image_columns) == 1:
             (self.image_key,) = image_columns
         self.image_key = self.image_key or find_column(image_columns, IMAGE_COLUMNS, IMAGE_SETTING)
-        self.caption_key = config.caption_key
-        if not self.caption_key and len(text_columns) == 1:
-            (self.caption_key,) = text_columns
-        if not self.caption_key:
-            self.caption_key = find_column(text_columns, CAPTION_COLUMNS, CAPTION_SETTING)
+        self.caption_weights = config.caption_weights
+        self.caption_keys = list(self.caption_weights or filter(None, [config.caption_key]))
+        if not self.caption_keys and len(text_columns) == 1:
+            self.caption_keys = text_columns
+        if not self.caption_keys:
+            self.caption_keys = [find_column(text_columns, CAPTION_COLUMNS, CAPTION_SETTING)]
         self.images = dataset.select_columns([self.image_key]).with_format(None)
-        self.texts = dataset.select_columns([self.caption_key]).with_format(None)
+        self.texts = dataset.select_columns(self.caption_keys).with_format(None)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -100,9 +104,9 @@ class ArrowRows:
             raise ValueError("no image in its row")
         return value
 
-    def captions(self, index: int) -> list[str]:
-        value = self.texts[index][self.caption_key]
-        return value if isinstance(value, list) else [value]
+    def captions(self, index: int) -> Sequence[Caption]:
+        captions = captions_by_column(self.texts[index], self.caption_keys)
+        return captions if self.caption_weights else [text for _, text in captions]
 
     def name(self, index: int) -> str:
         return f"row {index}"

@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ds_cmli.data.sources import (
     IMAGE_COLUMNS,
     IMAGE_SETTING,
     PART_OF_SPLIT,
+    Caption,
     Source,
     find_column,
 )
@@ -29,7 +30,7 @@ from ds_cmli.errors import UserError, blame, one_line
 METADATA = ("metadata.csv", "metadata.jsonl")
 ITEMS_OF_BLOCK = 64  # as many are read for one: some 20 microseconds
 NUM_PROBED = 100  # images of a list that are looked for in a folder: the first may be missing
-Rows = Iterator[tuple[str, str, list[str | None]]]  # part, image file, captions
+Rows = Iterator[tuple[str, str, list[str | None], str]]  # part, image file, captions, column
 
 
 class Packed:
@@ -66,7 +67,7 @@ class Packed:
 class ListedImages:
     """Images in files, with the captions that a list gives them."""
 
-    def __init__(self, root: Path, captions: dict[str, list[str]]):
+    def __init__(self, root: Path, captions: dict[str, list[Caption]]):
         self.root = root
         self.rows = Packed((file, texts) for file, texts in captions.items() if texts)
         self.left_out = len(captions) - len(self.rows)  # images without a caption
@@ -77,7 +78,7 @@ class ListedImages:
     def image(self, index: int) -> bytes:
         return read_image_file(self.root / self.name(index))
 
-    def captions(self, index: int) -> list[str]:
+    def captions(self, index: int) -> Sequence[Caption]:
         _, captions = self.rows[index]
         return captions
 
@@ -118,14 +119,14 @@ def open_json(files: list[Path], config: DataConfig) -> dict[str, Source]:
 
 def _group(rows: Rows, path: Path, config: DataConfig) -> dict[str, Source]:
     """Return the images of each part, with all their captions."""
-    captions: dict[str, dict[str, list[str]]] = {}
-    for part, file, texts in rows:
+    captions: dict[str, dict[str, list[Caption]]] = {}
+    for part, file, texts, column in rows:
         of_image = captions.setdefault(part, {}).setdefault(os.path.normpath(file), [])
         for text in texts:
             if not isinstance(text, str | None):
                 raise UserError(f"{path}: a caption of {file} is {text!r}: give a text")
             if text and text.strip():
-                of_image.append(text)
+                of_image.append((column, text) if config.caption_weights else text)
     if not captions:
         raise UserError(f"{path} has no row: give each image a file name and a caption")
     probed = list(islice(chain.from_iterable(captions.values()), NUM_PROBED))
@@ -151,7 +152,7 @@ def _image_folder(names: list[str], path: Path, image_root: str) -> Path:
 def _read_table(path: Path, config: DataConfig) -> Rows:
     """Yield the rows of a CSV, TSV or JSON lines; an error names the line."""
     image_key = config.image_key
-    caption_key = config.caption_key
+    caption_keys = list(config.caption_weights or filter(None, [config.caption_key]))
     line = last_row = 0
 
     def lines() -> Iterator[str]:
@@ -172,20 +173,22 @@ def _read_table(path: Path, config: DataConfig) -> Rows:
                 if isinstance(rows, csv.DictReader) and (None in row or None in row.values()):
                     raise ValueError("not as many cells as line 1 has: put texts in quotes")
                 image_key = image_key or find_column(row, IMAGE_COLUMNS, IMAGE_SETTING)
-                caption_key = caption_key or find_column(row, CAPTION_COLUMNS, CAPTION_SETTING)
+                if not caption_keys:
+                    caption_keys = [find_column(row, CAPTION_COLUMNS, CAPTION_SETTING)]
                 columns = list(getattr(rows, "fieldnames", ()))
-                for key in (image_key, caption_key):
+                for key in (image_key, *caption_keys):
                     if columns.count(key) > 1:
                         raise ValueError(f"line 1 has the column {key} more than once")
                 name = row[image_key]
-                texts = row[caption_key]
-                texts = texts if isinstance(texts, list) else [texts]
                 if not isinstance(name, str) or not name:
                     raise ValueError(f"{image_key} is {name!r}: give the image's path")
-                if not all(text is None or isinstance(text, str) for text in texts):
-                    need = "give a text, or a list"
-                    raise ValueError(f"{caption_key} is {row[caption_key]!r}: {need}")
-                yield "train", name, texts
+                for key in caption_keys:
+                    # A line of JSON may lack some of the weighted columns.
+                    value = row.get(key) if config.caption_weights and not columns else row[key]
+                    texts = value if isinstance(value, list) else [value]
+                    if not all(text is None or isinstance(text, str) for text in texts):
+                        raise ValueError(f"{key} is {value!r}: give a text, or a list")
+                    yield "train", name, texts, key
                 last_row = line
     except UnicodeEncodeError:
         raise UserError(f"{path} line {line} is no UTF-8: save it so") from None
@@ -208,9 +211,9 @@ def _read_json(path: Path) -> Rows:
     if "annotations" in content:  # COCO's own captions_train2017.json
         files = {image["id"]: image["file_name"] for image in content["images"]}
         for annotation in content["annotations"]:
-            yield "train", files[annotation["image_id"]], [annotation["caption"]]
+            yield "train", files[annotation["image_id"]], [annotation["caption"]], ""
         return
     for image in content["images"]:  # Karpathy's splits
         file = os.path.join(image.get("filepath") or "", image["filename"])
         captions = [sentence["raw"] for sentence in image["sentences"]]
-        yield PART_OF_SPLIT[image["split"]], file, captions
+        yield PART_OF_SPLIT[image["split"]], file, captions, ""

@@ -85,6 +85,7 @@ class CopiedTars(Tars):
     ):
         self.urls = listing.shards
         self.caption_key = config.caption_key
+        self.weighted_keys = config.caption_weights or ()
         self.content = fingerprint
         self.is_remote = is_remote
         self.left_out = 0

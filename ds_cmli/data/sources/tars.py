@@ -4,14 +4,14 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.images import check_size
-from ds_cmli.data.sources import MAX_FULL, Source
+from ds_cmli.data.sources import MAX_FULL, Caption, Source, captions_by_column
 from ds_cmli.data.sources.tar_index import BLOCK_BYTES, index_shards, join_rows, read_rows
 from ds_cmli.errors import UserError
 
@@ -23,7 +23,7 @@ def open_tars(
     files: list[Path], config: DataConfig, heartbeat: Callable[[], None] = lambda: None
 ) -> dict[str, Source]:
     """Open tar shards. Raises `UserError` for one that is no whole tar, or if none has a sample."""
-    tars = Tars(files, config.caption_key, heartbeat)
+    tars = Tars(files, config.caption_key, heartbeat, config.caption_weights or ())
     if not len(tars):
         pair = "one is NAME.jpg (.jpeg, .png, .webp) with NAME.txt or NAME.json"
         raise UserError(f"{files[0]} holds no sample: {pair}")
@@ -42,9 +42,11 @@ class Tars:
         shards: list[Path],
         caption_key: str = "",
         heartbeat: Callable[[], None] = lambda: None,
+        weighted_keys: Collection[str] = (),
     ):
         self.shards = shards
         self.caption_key = caption_key
+        self.weighted_keys = weighted_keys
         self.indices = index_shards(shards, heartbeat)
         self.left_out = sum(index.left_out for index in self.indices)
         self.shard_sizes = np.array([index.num_samples for index in self.indices], np.int64)
@@ -61,7 +63,10 @@ class Tars:
     def image(self, index: int) -> bytes:
         return self._read(index, "image")
 
-    def captions(self, index: int) -> list[str]:
+    def captions(self, index: int) -> Sequence[Caption]:
+        if self.weighted_keys:
+            values = json.loads(self._read(index, "json") or b"{}")
+            return captions_by_column(values, self.weighted_keys)
         if not self.caption_key and (text := self._read(index, "text")):
             return [text.decode().strip()]
         values = json.loads(self._read(index, "json") or b"{}")
