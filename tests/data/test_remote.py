@@ -27,8 +27,8 @@ def server(tmp_path, monkeypatch):
     """Shards with their numbers of samples beside them; a reader fetches them itself, at once."""
     monkeypatch.setenv("DS_CMLI_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("ds_cmli.data.sources.remote.start_fetching", lambda cache: None)
-    for name, seconds in (("ALONE_SECONDS", 0), ("FIRST_PAUSE", 0.001), ("RETRY_SECONDS", 0.1)):
-        monkeypatch.setattr(shard_cache, name, seconds)
+    monkeypatch.setattr(shard_cache, "ALONE_SECONDS", 0)
+    monkeypatch.setattr(shard_cache, "FIRST_PAUSE", 0.001)
     for number, count in enumerate(ROWS):
         make.tar(tmp_path / f"{number}.tar", count, first=100 * number)
         (tmp_path / f"{number}_stats.json").write_text(json.dumps({"count": 99, "successes": count}))
@@ -69,7 +69,8 @@ def test_a_lost_shard_counts_as_bad_samples_and_resumes_exactly(server, reason):
     assert all(f"{server.url}/3.tar, sample " in name and reason in why for name, why in bad)
 
 
-def test_a_storage_that_is_gone_for_good_ends_the_run_and_is_no_bad_sample(server):
+def test_a_storage_that_is_gone_for_good_ends_the_run_and_is_no_bad_sample(server, monkeypatch):
+    monkeypatch.setattr(shard_cache, "RETRY_SECONDS", 0.1)
     data = opened(server)
     server.is_gone = True
     with pytest.raises(ShardError, match=r"/\d\.tar cannot be fetched \(\d tries\)"):
@@ -93,9 +94,9 @@ def test_what_cannot_be_opened_and_a_cache_too_small_are_one_line(server):
 def bucket(tmp_path, monkeypatch):
     """A storage of S3's protocol with six tars of 20 samples."""
     boto3 = pytest.importorskip("boto3")
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()  # of an earlier server's port
     storage = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
     storage.start()
-    monkeypatch.setattr(shard_cache, "RETRY_SECONDS", 60)
     _, port = storage.get_host_and_port()
     names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL")
     for name, value in zip(names, ("key", "secret", "us-east-1", f"http://127.0.0.1:{port}"), strict=True):
