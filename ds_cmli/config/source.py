@@ -14,7 +14,7 @@ from copy import deepcopy
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ds_cmli.config.messages import check, choice
 from ds_cmli.config.schema import Config, Sections, StudentConfig
@@ -225,14 +225,12 @@ def run_settings(source: ModelSource, chosen: Section) -> Sections:
 def library_settings(source: ModelSource, chosen: Section) -> Sections:
     """Return the settings of a model of another library; `chosen`: the user's of `data`."""
     model_type = source.config.get("model_type")
-    setting = f"student.source is {source.name!r}: its type"
-    choice(setting, model_type, [*DUAL, "ds_cmli"])
+    choice(f"student.source is {source.name!r}: its type", model_type, [*DUAL, "ds_cmli"])
     with source.blame("this package cannot train it"):  # for what its files hold
-        read = open_clip_towers if model_type == "open_clip" else transformers_towers
-        towers = read(source, chosen)
-    student: dict[str, object] = {
+        read = open_clip_settings if model_type == "open_clip" else transformers_settings
+        settings = read(source, chosen)
+    settings["student"] |= {
         **NO_TRAINING,
-        "source_config": {"model_type": model_type, **towers.source_config},
         "image_model": f"{model_type}_vision_model",
         "image_weights": "source",
         "image_overrides": {},
@@ -241,21 +239,16 @@ def library_settings(source: ModelSource, chosen: Section) -> Sections:
         "text_overrides": {},
         "layers": None,
         "shared_blocks": 0,
-        "embed_dim": towers.embed_dim,
     }
-    return {"student": student, "data": towers.data}
+    return settings
 
 
-class Towers(NamedTuple):
-    """The settings that a library's model decides."""
+def transformers_settings(source: ModelSource, chosen: Section) -> Sections:
+    """Return the settings that a CLIP or SigLIP of transformers decides.
 
-    source_config: JsonObject  # the library's configuration, with the sizes of the student
-    embed_dim: int  # width of the joint space
-    data: JsonObject  # the settings of `data`
-
-
-def transformers_towers(source: ModelSource, chosen: Section) -> Towers:
-    """Read a CLIP or SigLIP of transformers. Raises errors of the library, and ValueError."""
+    `source_config` is the library's configuration, with the sizes of the student; `embed_dim` the
+    width of the joint space. Raises errors of the library, and ValueError.
+    """
     from transformers import CONFIG_MAPPING, AutoImageProcessor
 
     model_type = source.config["model_type"]
@@ -265,9 +258,9 @@ def transformers_towers(source: ModelSource, chosen: Section) -> Towers:
         config: Any = CONFIG_MAPPING[model_type].from_dict(source.config)
         processor = AutoImageProcessor.from_pretrained(source.folder, trust_remote_code=False)
     pictures = processor.to_dict()
-    resize = _resize_of(pictures, config.vision_config.image_size)
     vision = config.vision_config
     text = config.text_config
+    resize = _resize_of(pictures, vision.image_size)
     embed_dim = config.projection_dim if model_type == "clip" else vision.hidden_size
     if model_type == "siglip" and text.projection_size != embed_dim:
         raise ValueError(f"its texts are not projected to the {embed_dim} numbers of its pictures")
@@ -289,7 +282,7 @@ def transformers_towers(source: ModelSource, chosen: Section) -> Towers:
         "context_length": context_length,
         "padding": padding,
     }
-    return Towers(source_config, embed_dim, data)
+    return {"student": {"source_config": source_config, "embed_dim": embed_dim}, "data": data}
 
 
 def _resize_of(pictures: JsonObject, side: int) -> str:
@@ -309,8 +302,8 @@ def _without_irrelevant(pairs: list[tuple[str, object]]) -> JsonObject:
     return {name: value for name, value in pairs if name not in IRRELEVANT_FIELDS}
 
 
-def open_clip_towers(source: ModelSource, chosen: Section) -> Towers:
-    """Read a model of open_clip, as `transformers_towers`."""
+def open_clip_settings(source: ModelSource, chosen: Section) -> Sections:
+    """Return the settings that a model of open_clip decides, as `transformers_settings`."""
     import open_clip
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
     from open_clip.utils import to_2tuple
@@ -344,9 +337,12 @@ def open_clip_towers(source: ModelSource, chosen: Section) -> Towers:
         context_length = _number(chosen, "context_length", context_length)
     if context_length > text.context_length:
         text_cfg["context_length"] = context_length
-    source_config: JsonObject = {"model_cfg": model_cfg}
-    source_config["mean"] = [*pictures["mean"]]
-    source_config["std"] = [*pictures["std"]]
+    source_config = {
+        "model_type": "open_clip",
+        "model_cfg": model_cfg,
+        "mean": [*pictures["mean"]],
+        "std": [*pictures["std"]],
+    }
     if name := text.hf_model_name:  # open_clip gives its name alone
         from transformers import AutoConfig
 
@@ -368,7 +364,8 @@ def open_clip_towers(source: ModelSource, chosen: Section) -> Towers:
         "context_length": context_length,
         "padding": "full" if attends else "longest",
     }
-    return Towers(source_config, int(model_cfg["embed_dim"]), data)
+    embed_dim = int(model_cfg["embed_dim"])
+    return {"student": {"source_config": source_config, "embed_dim": embed_dim}, "data": data}
 
 
 def _number(chosen: Section, key: str, usual: int) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from ds_cmli.config.schema import StudentConfig
-from ds_cmli.config.source import ModelSource
+from ds_cmli.config.source import ModelSource, library_settings
 from ds_cmli.errors import UserError
 from ds_cmli.files import JsonObject
 from ds_cmli.models.encoders import TextEncoder
@@ -159,15 +159,12 @@ def build_towers(
         library_config: Any = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
     start = None
     if pretrained and config.source:
-        dual = load_transformers(ModelSource(config.source))
-        vision = library_config.vision_config
-        text = library_config.text_config
-        resampled = resampled_positions(
-            (dual.config.vision_config.image_size, vision.image_size),
-            (dual.config.text_config.max_position_embeddings, text.max_position_embeddings),
-            vision.patch_size,
-            f"the first {KEPT_POSITIONS} are kept",
-        )
+        source = ModelSource(config.source)
+        dual = load_transformers(source)
+        length = library_config.text_config.max_position_embeddings
+        patch = library_config.vision_config.patch_size
+        method = f"the first {KEPT_POSITIONS} are kept"
+        resampled = resampled_positions(source, image_size, length, patch, method)
         if resampled:
             dual = with_positions_of(library_config, dual)
         dual.train()
@@ -193,25 +190,24 @@ def load_transformers(source: ModelSource) -> Any:
 
 
 def resampled_positions(
-    sides: tuple[int, int], lengths: tuple[int, int], patch: int, text_method: str
+    source: ModelSource, side: int, length: int, patch: int, text_method: str
 ) -> str:
     """Return the part of a line that says which positions are resampled, "" if none is.
 
-    `sides` of pictures and `lengths` of texts: the source's, and those of the student. Raises
-    `UserError` if the pictures have no whole number of patches.
+    `side` of pictures and `length` of texts: the student's. Raises `UserError` if the pictures have
+    no whole number of patches.
     """
+    own: JsonObject = library_settings(source, {})["data"]
     changes = []
-    given_side, side = sides
-    if side != given_side:
+    if side != own["image_size"]:
         if side % patch:
             multiple = f"no multiple of the {patch} pixels of a patch"
             raise UserError(f"data.image_size is {side}: {multiple}")
-        given_grid = f"{given_side // patch} x {given_side // patch}"
-        grid = f"{side // patch} x {side // patch}"
-        changes.append(f"pictures {given_grid} -> {grid} patches (bicubic)")
-    given_length, length = lengths
-    if length != given_length:
-        changes.append(f"texts {given_length} -> {length} ({text_method})")
+        before = own["image_size"] // patch
+        after = side // patch
+        changes.append(f"pictures {before} x {before} -> {after} x {after} patches (bicubic)")
+    if length != own["context_length"]:
+        changes.append(f"texts {own['context_length']} -> {length} ({text_method})")
     return ", ".join(changes)
 
 

@@ -102,8 +102,6 @@ class ImageEncoder(nn.Module):
             multiple = f"no multiple of the {patch} pixels of a patch"
             raise ValueError(f"data.image_size is {image_size}: {multiple}")
         self.grid = (image_size // patch, image_size // patch)
-        if self.has_tokens:
-            self.grid = tuple(self.model.patch_embed.grid_size)
         self.mean = self.model.pretrained_cfg["mean"]
         self.std = self.model.pretrained_cfg["std"]
         self.stages = [stage["module"] for stage in stages[: self.last + 1]]
@@ -187,7 +185,7 @@ def blocks_of_stages(model: nn.Module, stages: Iterable[str]) -> list[nn.Module]
 class TextEncoder(nn.Module):
     """A model of transformers for its last hidden states: int64 and bool [B, M] -> [B, M, H].
 
-    Attributes: `width` (H), `blocks`.
+    Attributes: `width` (H), `vocab_size` (of its table), `blocks`.
     """
 
     model: Any
@@ -231,6 +229,7 @@ class TextEncoder(nn.Module):
         if positions > longest:
             raise ValueError(f"data.context_length is {positions}, and it has only {longest}")
         self.width = config.hidden_size
+        self.vocab_size = config.vocab_size
         causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
         causal = causal and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
         contrastive = config.model_type.endswith("_text_model")  # CLIP's and its like

@@ -241,7 +241,7 @@ def write_config(folder: Path, config: Config, student: Student, words: CaptionT
     model_config = CMLIConfig(
         settings={"student": settings, "data": data},
         losses=[*over_pairs(config.loss.weights).items()],
-        vocab_size=words.vocab_size if text is None else text.vocab_size,
+        vocab_size=getattr(student.text, "vocab_size", words.vocab_size),
         pad_id=words.pad_id,
         special_ids=sorted({*words.special_ids, *added}),
         architectures=[CMLIModel.__name__],

@@ -12,19 +12,12 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.transformer import text_global_pool
-from open_clip.utils import to_2tuple
 from torch import Tensor, nn
 
 from ds_cmli.config.schema import StudentConfig
-from ds_cmli.config.source import ModelSource
+from ds_cmli.config.source import ModelSource, library_settings
 from ds_cmli.files import JsonObject
-from ds_cmli.models.dual import (
-    Start,
-    ValuePath,
-    copied,
-    linear,
-    resampled_positions,
-)
+from ds_cmli.models.dual import Start, ValuePath, copied, linear, resampled_positions
 from ds_cmli.models.encoders import (
     ATTENTION_DROPOUT,
     DROPOUT,
@@ -164,19 +157,16 @@ def build_towers(
     """Build both towers of the source, as `dual.build_towers`."""
     source_config = config.source_config
     source = ModelSource(config.source)
-    side = image_size
     loaded: Any = None
     ask_hub = pretrained and not source.local
     with loading(ask_hub, name=source.name), source.blame("open_clip cannot load it"):
         model = random_model(source_config, image_size)
-        length = model.context_length
         if pretrained and config.source:
-            side, length = sizes_of(source)
-            options = {}  # by which the library resamples its positions
-            if image_size != side:
+            own = library_settings(source, {})["data"]
+            # By these the library resamples its positions.
+            options = {"force_context_length": model.context_length}
+            if image_size != own["image_size"]:
                 options["force_image_size"] = image_size
-            if model.context_length != length:
-                options["force_context_length"] = model.context_length
             name, weights = source.in_open_clip
             loaded = open_clip.create_model(
                 name, weights, force_custom_text=True, require_pretrained=True, **options
@@ -187,11 +177,9 @@ def build_towers(
         text = OpenClipText(model.text, source_config)
     if loaded is None:
         return image, text, None
-    if text.of_transformers:  # its table has more positions than texts have tokens
-        length = model.context_length
-    sides = (side, image_size)
-    lengths = (length, model.context_length)
-    resampled = resampled_positions(sides, lengths, image.patch, "linear")
+    # The table of a model of transformers has more positions than texts have tokens.
+    length = own["context_length"] if text.of_transformers else model.context_length
+    resampled = resampled_positions(source, image_size, length, image.patch, "linear")
     return image, text, Start.of(loaded, resampled)
 
 
@@ -210,11 +198,3 @@ def random_model(source_config: JsonObject, image_size: int) -> Any:
         if image_size != usual:  # the library builds timm's models at their usual size
             model.visual.set_input_size(image_size)
     return model
-
-
-def sizes_of(source: ModelSource) -> tuple[int, int]:
-    """Return the pixels of a side of its pictures, and the length of its texts."""
-    vision = open_clip.CLIPVisionCfg(**source.config["model_cfg"]["vision_cfg"])
-    text = open_clip.CLIPTextCfg(**source.config["model_cfg"]["text_cfg"])
-    side, _ = to_2tuple(vision.image_size)
-    return side, text.context_length

@@ -1,7 +1,9 @@
 """Small models with random weights as their libraries save them: CLIP and SigLIP of transformers, and of open_clip."""
 
 import json
-from functools import cache
+from collections.abc import Callable
+from copy import deepcopy
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,8 +46,7 @@ def clip(folder: Path, act: str = "quick_gelu", text_width: int = 48, **processo
     words = text(hidden_size=text_width, max_position_embeddings=77, hidden_act=act)
     model = CLIPModel(CLIPConfig(projection_dim=24, vision_config={**VISION, "hidden_act": act}, text_config=words))
     torch.nn.init.constant_(model.logit_scale, 4.2)
-    how = {"size": {"shortest_edge": 56}, "crop_size": SQUARE, **processor}
-    return saved(folder, model, CLIPImageProcessor(**how))
+    return saved(folder, model, CLIPImageProcessor(**{"size": {"shortest_edge": 56}, "crop_size": SQUARE, **processor}))
 
 
 def siglip(folder: Path, **processor) -> Path:
@@ -111,19 +112,17 @@ PREPROCESS = {"siglip": {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "sq
 
 def of_roberta(folder: Path) -> dict:
     """A model with a text encoder of transformers, whose configuration the folder gets."""
-    words = builtin_tokenizer()
-    own = {**SIZES, "hidden_size": 32, "vocab_size": len(words), "max_position_embeddings": 90, "pad_token_id": 0}
-    RobertaConfig(**own).save_pretrained(folder)
-    words.save_pretrained(folder)
-    name = {"hf_model_name": str(folder), "hf_tokenizer_name": str(folder)}
-    return towers(VIT, {**name, "hf_pooler_type": "mean_pooler"})
+    RobertaConfig(**text(max_position_embeddings=90)).save_pretrained(folder)
+    builtin_tokenizer().save_pretrained(folder)
+    names = {"hf_model_name": str(folder), "hf_tokenizer_name": str(folder)}
+    return towers(VIT, {**names, "hf_pooler_type": "mean_pooler"})
 
 
 def of_open_clip(folder: Path, kind: str, file: str = "open_clip_model.safetensors") -> Path:
     torch.manual_seed(0)
     folder.mkdir(parents=True)
-    given = of_roberta(folder / "text") if kind == "roberta" else MODELS[kind]
-    path, model_cfg = folder / "open_clip_config.json", json.loads(json.dumps(given))
+    model_cfg = of_roberta(folder / "text") if kind == "roberta" else deepcopy(MODELS[kind])
+    path = folder / "open_clip_config.json"
     if kind == "roberta":
         builtin_tokenizer().save_pretrained(folder)
     path.write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": PREPROCESS.get(kind, {})}))
@@ -143,7 +142,26 @@ def of_open_clip(folder: Path, kind: str, file: str = "open_clip_model.safetenso
     return folder
 
 
-class Theirs(NamedTuple):
+OF_TRANSFORMERS: dict[str, Callable[[Path], Path]] = {
+    "CLIP": clip,
+    "gelu": partial(clip, act="gelu"),
+    "squashed": partial(clip, size=SQUARE),
+    "SigLIP": siglip,
+    "bilinear": partial(siglip, resample=2),
+}
+
+
+def write_source(folder: Path, kind: str) -> Path:
+    write = OF_TRANSFORMERS.get(kind, partial(of_open_clip, kind=kind))
+    return write(folder)
+
+
+def library_of(kind: str) -> str:
+    """The value of `--as` for the export of a run that started from a model of this kind."""
+    return {"CLIP": "clip", "SigLIP": "siglip"}.get(kind, "open_clip")
+
+
+class LibraryFeatures(NamedTuple):
     """What a library makes of pictures and texts with the model of a folder."""
 
     model: Any
@@ -155,20 +173,23 @@ class Theirs(NamedTuple):
 
 
 @torch.no_grad()
-def of_library(folder: Path, pictures: list, texts: list[str]) -> Theirs:
+def of_library(folder: Path, pictures: list, texts: list[str]) -> LibraryFeatures:
     if (folder / "open_clip_config.json").is_file():
         model, transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
-        pixels, ids = torch.stack(list(map(transform, pictures))), open_clip.get_tokenizer(f"local-dir:{folder}")(texts)
+        pixels = torch.stack([*map(transform, pictures)])
+        ids = open_clip.get_tokenizer(f"local-dir:{folder}")(texts)
         features = model.eval().encode_image(pixels), model.encode_text(ids)
-        return Theirs(model, pixels, model.visual.image_std, ids, *features)
-    processor, model = AutoImageProcessor.from_pretrained(folder), AutoModel.from_pretrained(folder)
+        return LibraryFeatures(model, pixels, model.visual.image_std, ids, *features)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder)
     pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
     length = model.config.text_config.max_position_embeddings
-    how = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
-    words = AutoTokenizer.from_pretrained(folder)(texts, **how)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    words = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    ids = words["input_ids"]
     mask = {"attention_mask": words["attention_mask"]} if model.config.model_type == "clip" else {}
-    features = model.get_image_features(pixels), model.get_text_features(words["input_ids"], **mask)
-    return Theirs(model, pixels, processor.image_std, words["input_ids"], *(x.pooler_output for x in features))
+    features = model.get_image_features(pixels), model.get_text_features(ids, **mask)
+    return LibraryFeatures(model, pixels, processor.image_std, ids, *(x.pooler_output for x in features))
 
 
 # Trainings that start from one.

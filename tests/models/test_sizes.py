@@ -12,27 +12,11 @@ from ds_cmli.errors import UserError
 from ds_cmli.export import command as export
 from ds_cmli.models.dual import stretched
 from tests import make
-from tests.models.sources import clip, of_open_clip, run_of, settings, siglip, start
+from tests.models.sources import run_of, settings, start
 
-MADE = {"CLIP": clip, "SigLIP": siglip}
 SIDES = {"convnext": 64, "siglip": 160, "token": 160}  # of their own pictures; of the others 56
 PATCHES = {"convnext": 32, "siglip": 16, "token": 16}  # of the others 14
 TEXTS = ["A Red  apple, isn't it?", "two dogs", "long " * 160]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A function that makes the folder of a source once."""
-    root = tmp_path_factory.mktemp("sources")
-    made = {}
-
-    def folder(kind):
-        if kind not in made:
-            write = MADE.get(kind, lambda path: of_open_clip(path, kind))
-            made[kind] = write(root / kind)
-        return made[kind]
-
-    return folder
 
 
 def resized_by_the_library(folder, image_size: int):
@@ -49,7 +33,9 @@ ALSO = ("clipa", "coca", "convnext", "token")
 
 @torch.no_grad()
 @pytest.mark.parametrize("larger", [True, False])
-@pytest.mark.parametrize("kind", [*MADE, "vit", "siglip", *(pytest.param(x, marks=pytest.mark.slow) for x in ALSO)])
+@pytest.mark.parametrize(
+    "kind", ["CLIP", "SigLIP", "vit", "siglip", *(pytest.param(x, marks=pytest.mark.slow) for x in ALSO)]
+)
 def test_pictures_of_another_size_have_the_features_of_the_librarys_own_resize(kind, larger, folders):
     patch = PATCHES.get(kind, 14)
     patches = SIDES.get(kind, 56) // patch

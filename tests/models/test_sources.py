@@ -30,7 +30,18 @@ from ds_cmli.export import command as export
 from ds_cmli.inference import Model
 from ds_cmli.models.student import Student
 from tests import make
-from tests.models.sources import MODELS, OF_OPEN_CLIP, clip, of_library, of_open_clip, run_of, settings, siglip, start
+from tests.models.sources import (
+    MODELS,
+    OF_OPEN_CLIP,
+    OF_TRANSFORMERS,
+    clip,
+    library_of,
+    of_library,
+    of_open_clip,
+    run_of,
+    settings,
+    start,
+)
 
 TEXTS = [
     "A Red  apple, isn't it?",
@@ -39,28 +50,14 @@ TEXTS = [
     "e\u0301clair",
     "long " * 99,
 ]
-OF_TRANSFORMERS = {
-    "CLIP": clip,
-    "gelu": lambda folder: clip(folder, act="gelu"),
-    "squashed": lambda folder: clip(folder, size={"height": 56, "width": 56}),
-    "SigLIP": siglip,
-    "bilinear": lambda folder: siglip(folder, resample=2),
-}
 ALIKE = ("clipa", "token")  # as others are, in most
 KINDS = [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ALIKE)) for kind in (*OF_TRANSFORMERS, *OF_OPEN_CLIP)]
 
 
 @pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("sources")
-    made = {kind: make(root / kind) for kind, make in OF_TRANSFORMERS.items()}
-    return made | {kind: of_open_clip(root / "open_clip" / kind, kind) for kind in OF_OPEN_CLIP}
-
-
-@pytest.fixture(scope="session")
 def begun(folders):
     """The objective, the configuration and the tokenizer of a training from a source, made once."""
-    return cache(lambda kind: start(folders[kind]))
+    return cache(lambda kind: start(folders(kind)))
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +71,7 @@ def pictures():
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_first_step_equals_the_source(kind, folders, begun, pictures):
     objective, config, words = begun(kind)
-    theirs = of_library(folders[kind], pictures, TEXTS)
+    theirs = of_library(folders(kind), pictures, TEXTS)
     pixels = torch.stack([View.of(config.data)(picture) for picture in pictures])
     std = torch.tensor(theirs.std)[:, None, None]
     # Of 1: rounding of the mean alone.
@@ -112,7 +109,7 @@ POOLING = {
 @torch.no_grad()
 @pytest.mark.parametrize("kind", POOLING)
 def test_a_patch_starts_where_a_picture_of_it_alone_would(kind, folders, begun):
-    tower, folder = begun(kind)[0].student.image, folders[kind]
+    tower, folder = begun(kind)[0].student.image, folders(kind)
     if kind in OF_TRANSFORMERS:
         model: Any = AutoModel.from_pretrained(folder)
     else:
@@ -133,12 +130,12 @@ def test_shared_blocks_start_as_the_identity_where_widths_agree(folders, tmp_pat
     for x, y in zip(plain.image_embeddings(image), blocks.image_embeddings(image), strict=True):
         assert torch.equal(x, y)
     with pytest.raises(UserError, match="32 and 48 wide: give 0"):
-        start(folders["CLIP"], shared_blocks=1)
+        start(folders("CLIP"), shared_blocks=1)
 
 
 @pytest.mark.parametrize("kind, loss", [("CLIP", "global"), ("SigLIP", "global_sigmoid"), ("siglip", "global_sigmoid")])
 def test_the_preset_trains_the_loss_whose_temperature_the_source_has(kind, loss, folders):
-    student = {"source": str(folders[kind])}
+    student = {"source": str(folders(kind))}
     assert load_preset("finetune", {"student": student}).loss.weights == {loss: 1.0, "cmli": 1.0}
     chosen = {"student": student, "loss": {"weights": {"global": 2.0}}}
     assert load_preset("finetune", chosen).loss.weights == {"global": 2.0}
@@ -184,14 +181,13 @@ ALSO_EXPORTED = [*((kind, {}) for kind in ("vit", "convnext", "coca", "siglip"))
 
 @pytest.mark.parametrize("kind, sizes", [*EXPORTED, *(pytest.param(*x, marks=pytest.mark.slow) for x in ALSO_EXPORTED)])
 def test_trained_and_exported_the_library_computes_its_features(kind, sizes, folders, pictures, tmp_path):
-    run, back = run_of(folders[kind], tmp_path / "run", data=sizes), tmp_path / "back"
-    library = {"CLIP": "clip", "SigLIP": "siglip"}.get(kind, "open_clip")
-    export.main([str(run), str(back), "--as", library], standalone_mode=False)
+    run, back = run_of(folders(kind), tmp_path / "run", data=sizes), tmp_path / "back"
+    export.main([str(run), str(back), "--as", library_of(kind)], standalone_mode=False)
     ours, theirs = Model.load(run, "cpu"), of_library(back, pictures, TEXTS)
     assert_close(ours.embed_images(pictures).cls, F.normalize(theirs.images), rtol=0, atol=1e-5)
     assert_close(ours.embed_texts(TEXTS).cls, F.normalize(theirs.texts), rtol=0, atol=1e-5)
     assert ours.evaluator.scales["global"] == pytest.approx(theirs.model.logit_scale.exp().item())
-    given, trained = (load_file(min(folder.glob("*.safetensors"))) for folder in (folders[kind], back))
+    given, trained = (load_file(min(folder.glob("*.safetensors"))) for folder in (folders(kind), back))
     assert not torch.equal(given["logit_scale"], trained["logit_scale"])
     assert trained.keys() == {key for key in given if not key.startswith("text_decoder.")}  # of a CoCa
 
@@ -205,7 +201,7 @@ ADAPTED = '{"image": ["q_proj", "v_proj"], "text": ["q_proj", "fc1"]}'
 def test_the_preset_trains_a_source_in_bf16_at_zero_2(kind, lora, folders, source, tmp_path):
     run, back = tmp_path / "run", tmp_path / "back"
     json_file = make.json_file(tmp_path / "ds.json", {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}})
-    words = ["--start-from", str(folders[kind]), *source, "--deepspeed_config", json_file, "--output-dir", str(run)]
+    words = ["--start-from", str(folders(kind)), *source, "--deepspeed_config", json_file, "--output-dir", str(run)]
     words += ["--steps", "3", "--lr", "2e-3", "--micro-batch", "8", "--workers", "0", "--set", "run.match_maps=0"]
     words += ["--set", "run.log_every=1"]
     if lora:
@@ -214,9 +210,8 @@ def test_the_preset_trains_a_source_in_bf16_at_zero_2(kind, lora, folders, sourc
     lines = make.lines(run)
     assert {f"loss/{LOSSES_OF[kind]}", "loss/cmli"} <= lines[0].keys()
     assert len(lines) == 3 and all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
-    given = load_file(min(folders[kind].glob("*.safetensors")))
-    library = {"CLIP": "clip", "SigLIP": "siglip"}.get(kind, "open_clip")
-    export.main([str(run), str(back), "--as", library], standalone_mode=False)
+    given = load_file(min(folders(kind).glob("*.safetensors")))
+    export.main([str(run), str(back), "--as", library_of(kind)], standalone_mode=False)
     trained = load_file(min(back.glob("*.safetensors")))
     moved = {name for name, value in given.items() if not torch.equal(value, trained[name])}
     assert given.keys() == trained.keys() and "logit_scale" in moved
@@ -236,7 +231,7 @@ def test_other_names_of_a_model_of_open_clip(begun, folders, tmp_path, monkeypat
     trained = of_open_clip(tmp_path / "vit", "vit", "epoch_1.pt")
     monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {"ViT-small": MODELS["vit"]})
     repository = tmp_path / "models--owner--vit"
-    shutil.copytree(folders["vit"], repository / "snapshots" / ("a" * 40))
+    shutil.copytree(folders("vit"), repository / "snapshots" / ("a" * 40))
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("a" * 40)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -254,7 +249,7 @@ def test_other_names_of_a_model_of_open_clip(begun, folders, tmp_path, monkeypat
 
 def test_folders_that_both_libraries_load_are_transformers(folders, tmp_path):
     folder = clip(tmp_path / "both")
-    shutil.copy(folders["vit"] / "open_clip_config.json", folder)
+    shutil.copy(folders("vit") / "open_clip_config.json", folder)
     assert settings(folder).student.source_config["model_type"] == "clip"
     assert ModelSource(f"local-dir:{folder}").config["model_type"] == "open_clip"
 
@@ -263,7 +258,7 @@ def test_folders_that_both_libraries_load_are_transformers(folders, tmp_path):
 
 
 def test_settings_of_a_training_are_free_and_those_that_contradict_the_source_are_one_line(folders):
-    given = {"student": {"source": str(folders["CLIP"]), "freeze_image": 2}, "data": {"context_length": 16}}
+    given = {"student": {"source": str(folders("CLIP")), "freeze_image": 2}, "data": {"context_length": 16}}
     out = applied(given)
     assert out["data"]["context_length"] == 16 and out["student"]["freeze_image"] == 2
     assert out["student"]["freeze_text"] == 0 and out["student"]["shared_blocks"] == 0  # whatever a preset has
@@ -273,13 +268,13 @@ def test_settings_of_a_training_are_free_and_those_that_contradict_the_source_ar
         with pytest.raises(UserError, match=line):
             applied({**given, section: {**given.get(section, {}), key: value}})
     with pytest.raises(UserError, match=r"^data.context_length is 16"):  # SigLIP attends to its padding
-        applied({**given, "student": {"source": str(folders["SigLIP"])}})
+        applied({**given, "student": {"source": str(folders("SigLIP"))}})
     with pytest.raises(UserError, match="source_config is filled"):
         applied({"student": {"source_config": {}}})
 
 
 def test_the_configuration_alone_rebuilds_the_student_for_its_own_tokenizer(folders, tmp_path):
-    folder = shutil.copytree(folders["SigLIP"], tmp_path / "gone")
+    folder = shutil.copytree(folders("SigLIP"), tmp_path / "gone")
     chosen = settings(folder).student
     shutil.rmtree(folder)
     assert Student(chosen, 56, 400, 64, pretrained=False).start is None
@@ -308,7 +303,7 @@ CHANGES = [  # kind of source, its file, that without or with other content, and
 
 @pytest.mark.parametrize("kind, part, change, problem", CHANGES)
 def test_a_model_that_cannot_be_used_is_one_line(kind, part, change, problem, folders, tmp_path):
-    folder = shutil.copytree(folders[kind], tmp_path / "copy")
+    folder = shutil.copytree(folders(kind), tmp_path / "copy")
     file = folder / ("open_clip_config.json" if part.endswith("_cfg") else part)
     if change is None:
         file.unlink()
@@ -322,7 +317,7 @@ def test_a_model_that_cannot_be_used_is_one_line(kind, part, change, problem, fo
 
 
 def test_a_weight_that_is_missing_is_one_line(folders, tmp_path):
-    folder = shutil.copytree(folders["CLIP"], tmp_path / "copy")
+    folder = shutil.copytree(folders("CLIP"), tmp_path / "copy")
     weights = load_file(folder / "model.safetensors")
     del weights["visual_projection.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
@@ -332,11 +327,11 @@ def test_a_weight_that_is_missing_is_one_line(folders, tmp_path):
 def test_a_name_that_cannot_be_used_is_one_line(folders, tmp_path, monkeypatch):
     refused("no such file or folder", tmp_path / "nowhere")
     refused("no such file or folder, nor on the hub", "~nouser/clip")
-    refused("no config.json or open_clip_config.json there", folders["CLIP"] / "config.json")
+    refused("no config.json or open_clip_config.json there", folders("CLIP") / "config.json")
     refused("did you mean 'ViT-B-32'", "open_clip:ViTB-32@x.pt")
     refused("known, of 1[0-9]{2}, for instance: .{50,150}", "open_clip:unlike@x.pt")
     refused("file or tag is 'x.pt': known: .*laion2b_e16", "open_clip:ViT-B-32@x.pt")
     refused("give open_clip:ViT-B-32-quickgelu@openai", "open_clip:ViT-B-32@openai")
     refused("open_clip_config.json there", "local-dir:nowhere")
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    refused(r"a model of open_clip: pip install 'ds-cmli\[open_clip\]'", folders["vit"])
+    refused(r"a model of open_clip: pip install 'ds-cmli\[open_clip\]'", folders("vit"))
