@@ -10,7 +10,7 @@ from PIL import Image
 
 from ds_cmli.config.presets import load_preset
 from ds_cmli.errors import UserError
-from ds_cmli.evaluate.match_map import sheet, tile
+from ds_cmli.evaluate.match_map import FONT_SIZE, GAP, LINE, TILE, load_font, sheet, tile
 from ds_cmli.visualize import command, held_out_pairs
 from tests import make
 from tests.make import write_run
@@ -26,20 +26,40 @@ def test_a_patch_is_tinted_by_the_square_of_its_share():
     lost = [205 - result[:, row, column] for row, column in ((20, 20), (20, 60), (60, 20), (60, 60))]
     assert not lost[0].any() and not lost[1].any() and lost[2].amin() > 20
     torch.testing.assert_close(lost[3], lost[2] / 4)  # halfway from the others to the best
-    assert (result[:, 41, 1] < 50).all() and (result[:, 1, 1] == 205).all()  # a frame around the best
+    for row, column in ((41, 20), (78, 20), (60, 1), (60, 38)):  # a frame around the best, also at edges
+        assert (result[:, row, column] < 50).all(), (row, column)
+    assert (result[:, 1, 1] == 205).all()
     flat = tile(torch.full((3, 80, 80), float(grey)), torch.ones(4), (2, 2))  # fits everywhere alike
     assert (flat[:, 60, 60] == 205).all()
 
 
+GREY = torch.full((3, 8, 8), 200, dtype=torch.uint8)
+
+
 def test_words_in_any_letters_fill_rows():
-    image = torch.full((3, 8, 8), 200, dtype=torch.uint8)
-    few, many = match("猫" * 99, "ł", ""), match(*["a"] * 50)
-    row_height = sheet(image, "", few).height
-    drawn = np.asarray(sheet(image, "", many))
-    assert len(drawn) == 9 * row_height  # the picture and 50 words, six in a row
+    many = match(*["a"] * 50)
+    row_height = LINE + TILE + GAP
+    drawn = np.asarray(sheet(GREY, "", many))
+    assert len(drawn) == GAP + 9 * row_height  # the picture and 50 words, six in a row
     for row in range(9):
-        tile_of_row = drawn[row * row_height : (row + 1) * row_height, :176]
-        assert (tile_of_row < 255).all(2).any(1).sum() >= 176, f"row {row} has no whole tile"
+        tile_of_row = drawn[GAP + row * row_height :][:row_height, GAP : GAP + TILE]
+        assert (tile_of_row < 255).all(2).any(1).sum() >= TILE, f"row {row} has no whole tile"
+    assert sheet(GREY, "", match("猫" * 99, "ł", "")).height == GAP + row_height
+
+
+def test_long_words_and_captions_are_drawn_whole():
+    drawn = np.asarray(sheet(GREY, "W" * 96, match("w" * 60)))
+    assert (drawn[:, -GAP:] == 255).all(), "the caption reaches the edge"
+    label = drawn[GAP + LINE : GAP + 2 * LINE, GAP + TILE :]
+    assert (label[:, GAP + TILE :] == 255).all(), "the word reaches beyond its tile"
+    assert (label < 255).any()
+
+
+@pytest.mark.skipif(load_font(FONT_SIZE).getname()[0] != "DejaVu Sans", reason="DejaVu Sans is not installed")
+def test_letters_with_accents_are_not_drawn_as_boxes():
+    drawn = np.asarray(sheet(GREY, "", match("é", "ü")))
+    labels = [drawn[GAP : GAP + LINE, x : x + TILE] for x in (2 * GAP + TILE, 3 * GAP + 2 * TILE)]
+    assert not np.array_equal(*labels)
 
 
 def test_pairs_that_are_asked_for(tmp_path):
