@@ -10,7 +10,7 @@ import io
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,13 +52,13 @@ def check_size(num_bytes: int) -> None:
 
 
 def black(size: int) -> Tensor:
-    """What is shown in the place of an image that cannot be used: uint8 [3, S, S]."""
+    """Return the picture that replaces one that cannot be used: uint8 [3, S, S]."""
     return torch.zeros(3, size, size, dtype=torch.uint8)
 
 
 @dataclass
 class View:
-    """What of an image is shown, as uint8 [3, S, S]; the settings are those of `DataConfig`."""
+    """Shows a part of an image as uint8 [3, S, S]; the settings are those of `DataConfig`."""
 
     size: int
     resize: Resize = "crop"
@@ -68,15 +68,17 @@ class View:
 
     @classmethod
     def of(cls, config: DataConfig, seed: int | None = None) -> "View":
-        """The view of training by a seed; without one that of evaluation: nothing is random."""
-        random = ({}, 0) if seed is None else (config.augmentation, seed)
-        return cls(config.image_size, config.resize, config.interpolation, *random)
+        """Return the view of training with a seed, or of evaluation, where nothing is random."""
+        view = cls(config.image_size, config.resize, config.interpolation)
+        return view if seed is None else replace(view, augmentation=config.augmentation, seed=seed)
 
     def __call__(
         self, picture: bytes | Image.Image | np.ndarray | Tensor, turn: int = 0, index: int = 0
     ) -> Tensor:
-        """Show a file's content, or an image in memory, which stays as it is. Decoders raise nearly
-        any exception for damaged data."""
+        """Show a file's content, or an image in memory, which stays as it is.
+
+        Decoders raise nearly any exception for damaged data.
+        """
         if isinstance(picture, bytes):
             try:
                 image: Image.Image = Image.open(io.BytesIO(picture), formats=FORMATS)
@@ -86,15 +88,14 @@ class View:
             image = picture if isinstance(picture, Image.Image) else F.to_pil_image(picture)
             image = image.copy()
         with image, self.seeded(turn, index):
-            return self.changed(self._resized(image))[0]
+            return self.changed(self._resized(image))
 
-    def changed(self, pixels: Tensor) -> tuple[Tensor, bool]:
-        """Random colours and a random flip of uint8 [3, S, S]; also whether it was flipped."""
+    def changed(self, pixels: Tensor) -> Tensor:
+        """Return uint8 [3, S, S] with random colours and a random flip."""
         if strength := self.augmentation.get("color_jitter"):  # no hue, as captions name colours
             pixels = v2.ColorJitter(strength, strength, strength)(pixels)
         share = self.augmentation.get("horizontal_flip")
-        flipped = share is not None and bool(torch.rand(()) < share)
-        return pixels.flip(-1) if flipped else pixels, flipped
+        return pixels.flip(-1) if share is not None and torch.rand(()) < share else pixels
 
     @contextmanager
     def seeded(self, turn: int, index: int) -> Iterator[None]:
@@ -108,7 +109,7 @@ class View:
             yield
 
     def part(self, width: int, height: int) -> Box:
-        """The part that is shown of an image of this size."""
+        """Return the part that is shown of an image of this size."""
         if least := self.augmentation.get("random_resized_crop"):
             top, left, rows, columns = v2.RandomResizedCrop.get_params(
                 torch.empty(3, height, width, device="meta"), [least, 1.0], [3 / 4, 4 / 3]
@@ -121,18 +122,22 @@ class View:
         return left, top, left + side, top + side
 
     def _resized(self, image: Image.Image) -> Tensor:
-        """The image upright, as RGB on white, cut and resized."""
-        scale, box = 1.0, None
+        """Return the image upright, as RGB on white, cut and resized: uint8 [3, S, S]."""
+        scale = 1.0
+        box = None
         # A rotated image is decoded at full scale: the reduction is less exact at the last pixels,
         # which would become the first ones.
         if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
             box = self.part(*image.size)
             if self.resize == "crop" and isinstance(image, JpegImageFile):
                 # Decoded at 1/2, 1/4 or 1/8 scale, if `SHARP` pixels per output pixel are left.
-                whole, ratio = image.width, min(box[2] - box[0], box[3] - box[1]) / self.size
+                left, top, right, bottom = box
+                ratio = min(right - left, bottom - top) / self.size
+                full_width = image.width
                 width, height = (max(1, int(pixels * SHARP / ratio)) for pixels in image.size)
-                reduced = image.draft(None, (width, height))
-                scale = whole / reduced[1][2] if reduced else 1.0
+                if reduced := image.draft(None, (width, height)):
+                    _, (_, _, reduced_width, _) = reduced
+                    scale = full_width / reduced_width
         ImageOps.exif_transpose(image, in_place=True)
         box = box or self.part(*image.size)
         pixels = torch.from_numpy(np.array(on_white(image))).permute(2, 0, 1)
@@ -146,10 +151,11 @@ class View:
         """Resize the shorter side to S and cut out the centre, as CLIP's processors do."""
         sides = pixels.shape[1:]
         rows, columns = (int(self.size * side / min(sides)) for side in sides)
-        top, left = (rows - self.size) // 2, (columns - self.size) // 2
-        if self.resize.endswith("_pillow"):  # as torchvision's CenterCrop, halves to even
-            top, left = round((rows - self.size) / 2), round((columns - self.size) / 2)
         pixels = self._scaled(pixels, (rows, columns))
+        if self.resize.endswith("_pillow"):
+            return F.center_crop(pixels, [self.size]).contiguous()
+        top = (rows - self.size) // 2
+        left = (columns - self.size) // 2
         return pixels[:, top : top + self.size, left : left + self.size].contiguous()
 
     def _scaled(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -163,7 +169,7 @@ class View:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """An image as RGB, where it is transparent on white."""
+    """Return an image as RGB, on white where it is transparent."""
     if image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.float32) * (255 / 65535) + 0.5
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")

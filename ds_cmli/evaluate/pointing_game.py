@@ -10,7 +10,6 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable
-from itertools import compress
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -57,10 +56,10 @@ def pointing_game(embedded: Embedded, regions: Callable[..., Regions], grid: Siz
 
 def quarters(scenes: Scenes, row: int, grid: Size) -> Regions:
     """Return each token of a scene that names a picture as a phrase, shown in a quarter."""
-    sample = scenes.pair(row)
-    cells = torch.tensor(sample.cell_picture).view(1, 1, 2, 2).float()
+    token_picture, cell_picture = scenes.places(row)
+    cells = torch.tensor(cell_picture).view(1, 1, 2, 2).float()
     picture_of_patch = F.interpolate(cells, size=grid, mode="nearest").flatten()
-    picture = torch.tensor(list(compress(sample.token_picture, sample.tokens.valid)))  # [M]
+    picture = torch.tensor(token_picture)  # [M]
     is_phrase = picture >= 0
     phrase = torch.where(is_phrase, is_phrase.cumsum(0) - 1, -1)
     return phrase, picture_of_patch == picture[is_phrase, None]
@@ -70,11 +69,10 @@ def boxes(entities: "Entities", row: int, grid: Size) -> Regions:
     """Return a caption's phrases, and the patches whose centre lies in one of their boxes."""
     phrases, size = entities.phrases[row]
     _, text = entities.rows[row]
-    tokens = entities.tokenizer(text)
-    phrase = spans_of_tokens(tokens, [span for span, _ in phrases])
+    phrase = spans_of_tokens(entities.tokenizer(text), [span for span, _ in phrases])
     view = entities.view.part(*size)
     inside = torch.stack([patches_inside(boxes, view, grid) for _, boxes in phrases])
-    return torch.tensor(list(compress(phrase, tokens.valid))), inside
+    return torch.tensor(phrase), inside
 
 
 class Entities(PictureFiles):

@@ -14,6 +14,11 @@ def karpathy(here):
     make.karpathy(make.pictures(here, "a.png") / "splits.json", [("a.png", "train", ["a cat"])])
 
 
+def blank_validation(here):
+    pairs(here)
+    make.pairs(here / "blank", 9, empty=range(9))
+
+
 MISTAKES = [
     ("train --data {here}/nowhere", "nowhere"),
     ("train --val-data {here}/nowhere", "data.val_source"),
@@ -29,5 +34,6 @@ MISTAKES = [
     (WEIGHTS.replace("pairs", "splits.json") % 1, "data.caption_weights", karpathy),
     (WEIGHTS.replace("{here}/pairs", "demo") % 1, "data.caption_weights"),
     (PAIRS + " --set data.caption_weights={{}}", "data.caption_weights", pairs),
+    (PAIRS + " --val-data {here}/blank", "no captions to evaluate on", blank_validation),
     ("train --set data.tokenizer={here}/nowhere", "data.tokenizer"),
 ]

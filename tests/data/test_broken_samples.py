@@ -70,16 +70,7 @@ def test_samples_of_a_tar_that_has_vanished_are_bad_and_named(tmp_path):
 
 def test_too_many_bad_samples_end_a_run_that_is_saved_first(tmp_path, demo):
     make.pairs(tmp_path / "pairs", 40, broken=range(5, 15))
-    given = [
-        "--preset",
-        "tiny",
-        "--data",
-        str(tmp_path / "pairs"),
-        "--set",
-        "data.held_out=2",
-        "--set",
-        "run.log_every=2",
-    ]
+    options = {"--data": tmp_path / "pairs", "--steps": 8, "--output-dir": tmp_path / "run"}
     with pytest.raises(UserError, match="samples of 38 cannot be used"):
-        drive([*given, "--steps", "8", "--set", "run.match_maps=0", "--output-dir", str(tmp_path / "run")])
+        drive(make.small(options, {"data.held_out": 2, "run.log_every": 2}))
     assert (tmp_path / "run/checkpoint/latest").read_text() == "step2"

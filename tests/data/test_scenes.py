@@ -5,9 +5,8 @@ import torch
 
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.images import View
-from ds_cmli.data.pairs import NO_PICTURE
 from ds_cmli.data.sampler import Draw
-from ds_cmli.data.scenes import DemoPictures, Scenes
+from ds_cmli.data.scenes import NO_PICTURE, DemoPictures, Scenes
 from ds_cmli.data.tokens import tokenizer_of
 from ds_cmli.errors import UserError
 
@@ -39,23 +38,20 @@ def test_a_scene_is_a_function_of_split_seed_and_index(pictures, tokenizer):
 def test_each_quarter_shows_what_its_tokens_name(pictures, tokenizer):
     data, cell = scenes(pictures, tokenizer), pictures.cell
     for index in range(30):
-        sample = data[index]
-        layout = data.layout(index)
-        for place, number in enumerate(sample.cell_picture):
+        image, tokens = data[index].image, data[index].tokens
+        concepts = [concept for concept, _ in data.layout(index)]
+        token_picture, cell_picture = data.places(index)
+        for place, number in enumerate(cell_picture):
             top, left = place // 2 * cell, place % 2 * cell
-            quarter = sample.image[:, top : top + cell, left : left + cell]
-            if number == NO_PICTURE:
-                assert (quarter == 255).all()
-            else:
-                assert torch.equal(quarter, torch.from_numpy(pictures.images[layout[number][0]]))
-        for (_, end), valid, number in zip(
-            sample.tokens.offsets, sample.tokens.valid, sample.token_picture, strict=True
-        ):
-            assert valid == (number != NO_PICTURE)
-            if valid:
-                first, stop = data.caption(index)[1][number]
-                assert first < end <= stop
-                assert sample.tokens.text[first:stop] == pictures.names[layout[number][0]]
+            quarter = image[:, top : top + cell, left : left + cell]
+            shown = 255 if number == NO_PICTURE else torch.from_numpy(pictures.images[concepts[number]])
+            assert (quarter == shown).all()
+        assert len(token_picture) == len(tokens.spans)
+        _, names = data.caption(index)
+        for (_, end), number in zip(tokens.spans, token_picture, strict=True):
+            first, stop = names[number]
+            assert first < end <= stop
+            assert tokens.text[first:stop] == pictures.names[concepts[number]]
 
 
 def test_splits_have_no_scene_in_common(pictures, tokenizer):
@@ -71,16 +67,15 @@ def test_splits_have_no_scene_in_common(pictures, tokenizer):
 
 def test_sentences_have_words_without_a_place(pictures, tokenizer):
     data = scenes(pictures, tokenizer, captions="sentences")
-    sample = data[0]
-    assert sum(sample.tokens.valid) > sum(number != NO_PICTURE for number in sample.token_picture) > 0
+    token_picture, _ = data.places(0)
+    assert NO_PICTURE in token_picture and set(token_picture) != {NO_PICTURE}
     assert {len(data.layout(i)) for i in range(50)} == {3, 4}
 
 
-def test_a_flip_swaps_the_quarters(pictures, tokenizer):
+def test_training_scenes_are_augmented(pictures, tokenizer):
     view = View.of(DataConfig(image_size=56, augmentation={"horizontal_flip": 1.0}), 0)
     plain, flipped = scenes(pictures, tokenizer)[3], scenes(pictures, tokenizer, view=view)[Draw(3, 2)]
     assert torch.equal(flipped.image, plain.image.flip(-1))
-    assert list(flipped.cell_picture) == [plain.cell_picture[i] for i in (1, 0, 3, 2)]
 
 
 def test_crops_and_too_small_scenes_are_refused(pictures, tokenizer):

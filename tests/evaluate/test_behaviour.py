@@ -106,11 +106,10 @@ def test_hits_of_phrases():
 
 def test_a_token_of_a_scene_hits_in_the_quarter_of_its_picture():
     """Pictures 0 and 1 in the first and the last quarter; each token's best patch is one of 4 x 4."""
-    tokens = SimpleNamespace(valid=[False, True, True, True, True, False])
-    sample = SimpleNamespace(tokens=tokens, token_picture=[-1, 0, 0, 1, -1, -1], cell_picture=[0, -1, -1, 1])
+    scenes = SimpleNamespace(places=lambda row: ([0, 0, 1, -1], [0, -1, -1, 1]))
     texts = {0: Embedding(torch.ones(1), torch.eye(16)[[5, 2, 10, 0]])}
     images = {0: Embedding(torch.ones(1), torch.eye(16))}
-    own = Embedded(SimpleNamespace(pair=lambda row: sample), [0], images, texts, [0], {})
+    own = Embedded(scenes, [0], images, texts, [0], {})
     found = pointing_game(own, quarters, (4, 4))
     assert found == {"pointing_game": 2 / 3, "chance/pointing_game": 0.25, "visible": 1.0, "phrases": 3}
 
