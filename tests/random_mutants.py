@@ -273,16 +273,16 @@ def executed(kept: Path, jobs: int) -> Executed:
 
 
 def tests_of(mutant: RandomMutant, recorded: Executed) -> list[str]:
-    """Return the tests that execute the mutant's first line, the quickest first, then the others of their files.
+    """Return the tests that execute the mutant's first line, those of its room and the quickest first.
 
-    A value that several tests look at may be computed once, in the first of them.
+    The others of their files follow. A value that several tests look at may be computed once, in the first of them.
     """
     executing = set(recorded.tests.get(mutant.file, {}).get(mutant.line, []))
     names = [name for name in recorded.durations if name in executing]
     if not names:  # a line that is executed at an import
         names = [name for name in recorded.durations if name.partition("::")[0] in executing]
     room = "tests/" + mutant.file.removeprefix("ds_cmli/").partition("/")[0].removesuffix(".py")
-    names.sort(key=lambda name: recorded.durations[name] * (1 if name.startswith(room) else 4))
+    names.sort(key=lambda name: (not name.startswith(room), recorded.durations[name]))
     names = names[:MAX_TESTS]
     files = list(dict.fromkeys(name.partition("::")[0] for name in names))[:MAX_WHOLE_FILES]
     others = [name for name in recorded.durations if name.partition("::")[0] in files and name not in names]
