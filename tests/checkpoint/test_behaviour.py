@@ -70,6 +70,15 @@ def test_frozen_weights_and_those_below_adapters_are_kept_once_and_not_rounded(s
         assert torch.equal(trained[name], p), name
 
 
+def test_statistics_of_batchnorm_are_part_of_the_model(tmp_path):
+    resnet = {"layers": [1, 1, 1, 1], "channels": [16, 16, 16, 32]}
+    settings = {"student.image_model": "resnet18", "student.image_overrides": resnet, "student.freeze_image": 0}
+    settings |= {"student.layers": None, "data.image_size": 64, "loss.weights": {"global": 1.0, "cmli": 1.0}}
+    assert make.train(*arguments(tmp_path, tmp_path / "run", {"--steps": 2}, settings)) == 0
+    variances = {name: value for name, value in make.weights(tmp_path / "run").items() if "running_var" in name}
+    assert variances and all(value.shape and (value > 0).all() for value in variances.values())
+
+
 LAYOUTS = [(2, 2, 1), *(pytest.param(*row, marks=pytest.mark.slow) for row in ((2, 2, 3), (3, 3, 2)))]
 
 
