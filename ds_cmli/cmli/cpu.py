@@ -26,7 +26,7 @@ VECTOR_FLAGS = {"AVX512": AVX512_FLAGS, "AVX2": "-mavx2 -mfma"}
 MAX_BLOCK_BYTES = 2**19  # of the features of a thread's block of images
 MAX_ENTRIES = 2**14  # rows that a thread lists to add them
 MAX_SERIAL = 2**24  # multiplications for which other threads are not woken
-# Constants of cpu.cpp: TOKENS, and the maxima of ROWS and L.
+# Constants of cpu.cpp: MIN_TOKENS, and the maxima of ROWS and L.
 MIN_TOKENS = 64
 MAX_ROWS = 8
 MAX_LANES = 16
@@ -41,13 +41,20 @@ def _fields(pointers: str, integers: str) -> list[tuple[str, type]]:
 class SideStruct(ctypes.Structure):
     """`Side` of cpu.cpp."""
 
-    _fields_ = _fields("features rows ends", "D B")
+    _fields_ = _fields("features mask positions ends", "B P D")
 
 
-class PairsStruct(ctypes.Structure):
-    """`Pairs` of cpu.cpp."""
+class CallStruct(ctypes.Structure):
+    """`Call` of cpu.cpp."""
 
-    _fields_ = _fields("i2t t2i tokens patches", "token_bytes patch_bytes")
+    _fields_ = [
+        ("image", SideStruct),
+        ("text", SideStruct),
+        *_fields(
+            "i2t t2i token_argmax patch_argmax d_image d_text scratch",
+            "token_bytes patch_bytes thread_bytes threads block_rows max_entries",
+        ),
+    ]
 
 
 def compiled(source: Path, flags: list[str]) -> ctypes.CDLL:
@@ -76,86 +83,63 @@ def compiled(source: Path, flags: list[str]) -> ctypes.CDLL:
 def load_kernels() -> ctypes.CDLL:
     """Return the library of cpu.cpp for this processor. Raises as `compiled`."""
     vector_flags = VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), "")
-    kernels = compiled(SOURCE, f"{COMPILER_FLAGS} {vector_flags}".split())
-    pointer = ctypes.c_void_p
-    integer = ctypes.c_int64
-    side = ctypes.POINTER(SideStruct)
-    pairs = ctypes.POINTER(PairsStruct)
-    scratch = (integer, integer, pointer, integer, ctypes.c_int)
-    kernels.cmli_rows.argtypes = (pointer, integer, integer, pointer, pointer)
-    kernels.cmli_forward.argtypes = (side, side, pairs, *scratch)
-    kernels.cmli_backward.argtypes = (ctypes.c_int, side, side, pairs, pointer, *scratch)
-    return kernels
-
-
-def address(x: Tensor | None) -> int | None:
-    return x.data_ptr() if x is not None and has_data(x) else None
-
-
-def side_struct(features: Tensor, mask: Tensor | None) -> SideStruct:
-    """Return the features of one side in fp32, with the places of their valid rows."""
-    B, P, D = features.shape
-    features = features.float().contiguous()
-    rows = features.new_empty(B * P, dtype=torch.int64)
-    ends = features.new_empty(B, dtype=torch.int32)
-    if has_data(features):
-        mask = None if mask is None else mask.contiguous()
-        load_kernels().cmli_rows(address(mask), B, P, address(rows), address(ends))
-    struct = SideStruct(address(features), address(rows), address(ends), D, B)
-    struct.tensors = features, rows, ends  # it points to their memory
-    return struct
-
-
-class Call:
-    """The arguments of kernels: both sides, matrices of pairs, and memory of the threads."""
-
-    def __init__(self, sides: Sides, matrices: TensorPair, argmax: TensorPair | None):
-        self.images = side_struct(sides.image, sides.patch_mask)
-        self.texts = side_struct(sides.text, sides.token_mask)
-        tokens, patches = argmax or (None, None)
-        index_bytes = [0 if x is None else x.itemsize for x in (tokens, patches)]
-        addresses = [address(x) for x in (*matrices, tokens, patches)]
-        self.pairs = PairsStruct(*addresses, *index_bytes)
-
-        I, N, D = sides.image.shape  # noqa: E741
-        J, M, _ = sides.text.shape
-        # Patches of a block, at least those of an image; rows of a list, at least those of a pair.
-        self.block = max(N, MAX_BLOCK_BYTES // (4 * D))
-        self.entries = max(N + M, MAX_ENTRIES)
-        columns = self.block + MAX_LANES
-        tokens_at_once = max(MIN_TOKENS, M)
-        floats = columns * (D + tokens_at_once + MAX_ROWS + 2) + 2 * (tokens_at_once + MAX_LANES)
-        forward_bytes = 4 * floats + 16 * tokens_at_once
-        backward_bytes = 8 * self.entries + 4 * (max(N, M) + 1)
-        thread_bytes = -(-max(forward_bytes, backward_bytes) // 64) * 64
-        threads = min(I, torch.get_num_threads())
-        self.memory = sides.image.new_empty(thread_bytes * threads, dtype=torch.uint8)
-        if I * N * J * M * D < MAX_SERIAL:
-            threads = 1
-        self.scratch = address(self.memory), thread_bytes, threads
+    return compiled(SOURCE, f"{COMPILER_FLAGS} {vector_flags}".split())
 
 
 def forward(sides: Sides, scores: TensorPair, argmax: TensorPair | None) -> None:
     """Write scores [I, J], zeros before, and argmax indices [I, J, N] and [I, J, M]."""
-    call = Call(sides, scores, argmax)
-    if has_data(sides.image):
-        longest = sides.text.shape[1]
-        load_kernels().cmli_forward(
-            call.texts, call.images, call.pairs, call.block, longest, *call.scratch
-        )
+    call("cmli_forward", sides, scores, argmax or (None, None), (None, None))
 
 
 def backward(sides: Sides, d_scores: TensorPair, argmax: TensorPair, d_sides: TensorPair) -> None:
     """Add the gradients of image and text to those given, fp32."""
-    call = Call(sides, d_scores, argmax)
-    if not has_data(sides.image):
-        return
-    d_image, d_text = d_sides
-    for of_image, own, other, gradient in (
-        (0, call.texts, call.images, d_text),
-        (1, call.images, call.texts, d_image),
-    ):
-        load_kernels().cmli_backward(
-            of_image, own, other, call.pairs, address(gradient), gradient.shape[1], call.entries,
-            *call.scratch,
-        )  # fmt: skip
+    call("cmli_backward", sides, d_scores, argmax, d_sides)
+
+
+def call(
+    function: str,
+    sides: Sides,
+    scores: TensorPair,
+    argmax: tuple[Tensor | None, Tensor | None],
+    d_sides: tuple[Tensor | None, Tensor | None],
+) -> None:
+    """Allocate the scratch memory of a function of cpu.cpp, and call it unless there is no data."""
+    images = side_tensors(sides.image, sides.patch_mask)
+    texts = side_tensors(sides.text, sides.token_mask)
+    I, N, D = sides.image.shape  # noqa: E741
+    J, M, _ = sides.text.shape
+    # Patches of a block, at least those of an image; rows of a list, at least those of a pair.
+    block_rows = max(N, MAX_BLOCK_BYTES // (4 * D))
+    max_entries = max(N + M, MAX_ENTRIES)
+    columns = block_rows + MAX_LANES
+    max_tokens = max(MIN_TOKENS, M)
+    floats = columns * (D + max_tokens + MAX_ROWS + 2) + 2 * (max_tokens + MAX_LANES)
+    forward_bytes = 4 * floats + 16 * max_tokens
+    backward_bytes = 8 * max_entries + 4 * (max(N, M) + 1)
+    thread_bytes = -(-max(forward_bytes, backward_bytes) // 64) * 64
+    threads = min(I, torch.get_num_threads())
+    scratch = sides.image.new_empty(thread_bytes * threads, dtype=torch.uint8)
+    if I * N * J * M * D < MAX_SERIAL:
+        threads = 1
+    if has_data(sides.image):
+        arguments = CallStruct(
+            SideStruct(*map(address, images), *sides.image.shape),
+            SideStruct(*map(address, texts), *sides.text.shape),
+            *map(address, (*scores, *argmax, *d_sides, scratch)),
+            *(0 if x is None else x.itemsize for x in argmax),
+            *(thread_bytes, threads, block_rows, max_entries),
+        )
+        getattr(load_kernels(), function)(ctypes.byref(arguments))
+
+
+def side_tensors(features: Tensor, mask: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the features in fp32, the mask, and memory for the positions and ends of rows."""
+    B, P, _ = features.shape
+    features = features.float().contiguous()
+    mask = None if mask is None else mask.contiguous()
+    positions = features.new_empty(B * P, dtype=torch.int64)
+    return features, mask, positions, features.new_empty(B, dtype=torch.int32)
+
+
+def address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from .sides import has_data
@@ -84,51 +83,47 @@ def gather_sizes(num_pairs: int, token_mask: Tensor | None, device: torch.device
     return TextSizes(max(1, longest), max(1, num_rows))
 
 
-def gather_texts(text: Tensor, token_mask: Tensor, sizes: TextSizes) -> tuple[Tensor, Tensor]:
+def gather_texts(
+    text: Tensor, token_mask: Tensor | None, sizes: TextSizes
+) -> tuple[Tensor, Tensor | None]:
     """Return the texts of all ranks [G, longest, D] and their mask, valid tokens first. Collective.
 
-    On one rank these are the text [B, M, D] and its mask [B, M] as they are.
+    On one rank these are the text [B, M, D] and its mask [B, M] as they are. Vectors [B, D] have no
+    mask.
     """
     if num_ranks() == 1:
         return text, token_mask
     with exchanging():
+        if token_mask is None:
+            return gather(text), None  # collective
         lengths = gather(token_mask.sum(1, dtype=torch.int32))  # collective
-        rows = text.flatten(0, 1)[_valid_first(token_mask.flatten(), sizes.num_rows)]
-        rows = F.pad(rows, (0, 0, 0, sizes.num_rows - len(rows)))
-        global_rows = gather(rows)  # collective
         mask = torch.arange(sizes.longest, device=text.device) < lengths[:, None]
-        padded = global_rows.new_zeros(mask.numel(), text.shape[2])
-        padded.index_copy_(0, _places(mask, sizes), global_rows)
-        return padded.view(*mask.shape, -1), mask
+        rows = gather(_pack(text, token_mask, 1, sizes.num_rows))  # collective
+        return rows[_row_numbers(mask, num_ranks(), sizes.num_rows)], mask
 
 
-def sum_texts_to_owner(
-    d_texts: Tensor, mask: Tensor, token_mask: Tensor, sizes: TextSizes
+def sum_to_owner(
+    d_texts: Tensor, mask: Tensor | None, token_mask: Tensor | None, sizes: TextSizes
 ) -> Tensor:
-    """Return the sum over ranks of the gradient of this rank's texts, [B, M, D]. Collective.
+    """Return the sum over ranks of the gradient of this rank's texts, in their shape. Collective.
 
     Args:
-        d_texts: [G, longest, D] in fp32 or fp64, the gradient of `gather_texts`.
+        d_texts: in fp32 or fp64, the gradient of the texts of `gather_texts`.
         mask: that of `gather_texts`.
         token_mask: this rank's, bool [B, M].
     """
     if num_ranks() == 1:
         return d_texts
-    rows = sum_to_owner(d_texts.flatten(0, 1)[_places(mask, sizes)])  # collective
-    places = _valid_first(token_mask.flatten(), sizes.num_rows)
-    d_text = rows.new_zeros(token_mask.numel(), rows.shape[1])
-    d_text.index_copy_(0, places, rows[: len(places)])
-    return d_text.view(*token_mask.shape, -1)
-
-
-def sum_to_owner(gradient: Tensor) -> Tensor:
-    """Return this rank's part of the sum over ranks: [P * B, ...] -> [B, ...]. Collective."""
-    if num_ranks() == 1:
-        return gradient
     with exchanging():
-        part = gradient.new_empty((len(gradient) // num_ranks(), *gradient.shape[1:]))
-        _reduce_scatter(part, gradient)
-        return part
+        rows = d_texts
+        if mask is not None:
+            rows = _pack(d_texts, mask, num_ranks(), sizes.num_rows)
+        part = rows.new_empty((len(rows) // num_ranks(), *rows.shape[1:]))
+        _reduce_scatter(part, rows)
+        if token_mask is None:
+            return part
+        d_text = part[_row_numbers(token_mask, 1, sizes.num_rows)]
+        return d_text.masked_fill_(~token_mask[..., None], 0)
 
 
 def logsumexp_over_ranks(lse: Tensor) -> Tensor:
@@ -142,16 +137,16 @@ def logsumexp_over_ranks(lse: Tensor) -> Tensor:
     return top + total.log_()
 
 
-def _places(mask: Tensor, sizes: TextSizes) -> Tensor:
-    """Return the place of each row of all ranks, [P * R], in the texts [G * longest] of a mask."""
-    masks = mask.view(num_ranks(), -1)
-    first = torch.arange(num_ranks(), device=mask.device) * masks.shape[1]
-    return (_valid_first(masks, sizes.num_rows) + first[:, None]).flatten()
+def _pack(x: Tensor, mask: Tensor, num_owners: int, num_rows: int) -> Tensor:
+    """Return the valid positions of texts [.., L, D] as R rows of each owner, zeros at the end."""
+    all_rows = num_owners * num_rows
+    numbers = torch.where(mask, _row_numbers(mask, num_owners, num_rows), all_rows)
+    rows = x.new_zeros(all_rows + 1, x.shape[2])  # the last one takes the masked positions
+    return rows.index_copy_(0, numbers.flatten(), x.flatten(0, 1))[:-1]
 
 
-def _valid_first(mask: Tensor, num_rows: int) -> Tensor:
-    """Return positions of a mask [.., L], the valid ones first, `num_rows` of them at most.
-
-    A rank with fewer valid tokens than `num_rows` sends masked ones too, which count nowhere.
-    """
-    return mask.argsort(dim=-1, descending=True, stable=True)[..., :num_rows]
+def _row_numbers(mask: Tensor, num_owners: int, num_rows: int) -> Tensor:
+    """Return the row of each valid position of a mask [.., L]; a masked position gets any row."""
+    numbers = mask.reshape(num_owners, -1).cumsum(1).sub_(1).clamp_(min=0)
+    numbers += torch.arange(num_owners, device=mask.device)[:, None] * num_rows
+    return numbers.view(mask.shape)

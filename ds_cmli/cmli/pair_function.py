@@ -91,7 +91,12 @@ class PairFunction(torch.autograd.Function):
             # It raises, if this backend does not run, before the other ranks wait for this one.
             choose_kernels(Sides(image, text, token_mask, patch_mask), backend)
         sizes = exchange.gather_sizes(len(image), token_mask, image.device)  # collective
-        batch = gather_batch(image, text, learned, token_mask, patch_mask, ids, sizes)  # collective
+        global_text, global_token_mask = exchange.gather_texts(
+            l2_normalize(text), token_mask, sizes
+        )  # collectives
+        global_ids = None if ids is None else exchange.gather(ids)  # collective
+        local = image, text, token_mask, patch_mask, ids, learned
+        batch = PairBatch(*local, global_text, global_token_mask, global_ids)
         plan = plan_blocks(batch, sizes, backend, scratch_bytes)
         if not any(ctx.needs_input_grad):
             plan = plan._replace(num_saved=0)
@@ -145,40 +150,14 @@ class PairFunction(torch.autograd.Function):
         d_image = torch.empty_like(batch.image)
         d_learned = torch.zeros_like(batch.learned)
         d_global_text = backward_blocks(saved, ctx.plan, d_loss, d_image, d_learned)  # collective
-        if batch.global_token_mask is None:
-            d_text = exchange.sum_to_owner(d_global_text)  # collective
-        else:
-            d_text = exchange.sum_texts_to_owner(
-                d_global_text, batch.global_token_mask, batch.local_token_mask, ctx.plan.sizes
-            )  # collective
+        d_text = exchange.sum_to_owner(
+            d_global_text, batch.global_token_mask, batch.local_token_mask, ctx.plan.sizes
+        )  # collective
         del d_global_text  # its memory is free for what follows
         for rows in slices(len(text), ctx.plan.block_size):
             l2_normalize_backward(d_text[rows], text[rows])
         no_gradients = (None,) * 5
         return d_image, d_text.to(text.dtype).contiguous(), d_learned, *no_gradients
-
-
-def gather_batch(
-    image: Tensor,
-    text: Tensor,
-    learned: Tensor,
-    token_mask: Tensor | None,
-    patch_mask: Tensor | None,
-    ids: Tensor | None,
-    sizes: TextSizes,
-) -> PairBatch:
-    """Normalize this rank's texts, and gather texts, masks and ids of all ranks. Collective."""
-    unit_text = l2_normalize(text)
-    global_token_mask = None
-    if token_mask is None:
-        global_text = exchange.gather(unit_text)  # collective
-    else:
-        global_text, global_token_mask = exchange.gather_texts(
-            unit_text, token_mask, sizes
-        )  # collectives
-    global_ids = None if ids is None else exchange.gather(ids)  # collective
-    local = image, text, token_mask, patch_mask, ids, learned
-    return PairBatch(*local, global_text, global_token_mask, global_ids)
 
 
 def plan_blocks(batch: PairBatch, sizes: TextSizes, backend: str, scratch_bytes: int) -> BlockPlan:
