@@ -7,6 +7,7 @@
 I images, J texts, N patches, M tokens, H hidden size, D embedding dimension, S image side.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,15 +147,12 @@ class Model:
         """
         text_features = PaddedTexts(texts.cls, texts.tokens, texts.token_mask)
         image_features = [*map(Embedding, images.cls, images.patches)]
-        parts = []
+        parts = defaultdict(list)
         for start in range(0, len(image_features), SCORED):
             scores = self.evaluator.scores(image_features[start : start + SCORED], text_features)
-            parts.append({kind: [way.cpu() for way in both] for kind, both in scores.items()})
-        joined = {}
-        for kind in self.evaluator.kinds:
-            i2t, t2i = zip(*(part[kind] for part in parts), strict=True)
-            joined[kind] = BothWays(torch.cat(i2t), torch.cat(t2i))
-        return joined
+            for kind, both in scores.items():
+                parts[kind].append(torch.stack(both).cpu())  # [2, I, J], CPU-GPU sync
+        return {kind: BothWays(*torch.cat(blocks, 1)) for kind, blocks in parts.items()}
 
     def match(self, picture: Picture, text: str) -> Match:
         """Match each word of a text with its best patch, and each patch with its best word."""

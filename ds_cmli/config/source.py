@@ -133,10 +133,8 @@ class ModelSource:
             architecture, _, weights = name.partition("@")
             file = os.path.expanduser(weights)
             return architecture, file if os.path.isfile(file) else weights
-        if is_marked(self.name):
-            return self.name, None
         prefix = LOCAL_PREFIX if self.local else HUB_PREFIX
-        return f"{prefix}{self.name}", None
+        return f"{prefix}{self.place}", None
 
     def _architecture(self) -> JsonObject:
         """Return `model_cfg` and `preprocess_cfg` of an architecture that the package has."""
@@ -144,9 +142,8 @@ class ModelSource:
 
         architecture, weights = map(str, self.in_open_clip)
         setting = f"student.source is {self.name!r}: its"
+        choice(f"{setting} architecture", architecture, open_clip.list_models())
         model_cfg = open_clip.get_model_config(architecture)
-        if model_cfg is None:
-            choice(f"{setting} architecture", architecture, open_clip.list_models())
         if os.path.isfile(weights):
             return {"model_cfg": model_cfg}
         published = open_clip.get_pretrained_cfg(architecture, weights)
@@ -290,10 +287,10 @@ def _resize_of(pictures: JsonObject, side: int) -> str:
     square = {"height": side, "width": side}
     shortest = {"shortest_edge": side}
     crop = pictures["crop_size"] if pictures.get("do_center_crop") else None
-    known = ((square, None), (square, square), (shortest, square))
+    supported = ((square, None), (square, square), (shortest, square))
     steps = [pictures[name] for name in ("do_resize", "do_rescale", "do_normalize")]
     size = pictures["size"]
-    if not ((size, crop) in known and all(steps) and pictures["resample"] in PILLOW):
+    if not ((size, crop) in supported and all(steps) and pictures["resample"] in PILLOW):
         raise ValueError(f"its pictures are not resized to {side} x {side} and normalised as here")
     return "shortest" if size == shortest else "squash"
 

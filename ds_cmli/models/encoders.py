@@ -294,15 +294,15 @@ def text_config(
     config = getattr(config, "text_config", None) or config
     config_class = type(config)
     values = config.to_dict()
-    known = values.keys() | config_class.attribute_map.keys() | UNDECLARED
-    for unknown in sorted(fields.keys() - known):
-        raise ValueError(f"text_overrides has {unknown!r}: {nearest(unknown, values)}")
+    field_names = values.keys() | config_class.attribute_map.keys() | UNDECLARED
+    for field in sorted(fields.keys() - field_names):
+        raise ValueError(f"text_overrides has {field!r}: {nearest(field, values)}")
     # No dropout inside the attention: CPUs have no fused attention kernel with dropout.
     rates = {key: 0.0 for key in ATTENTION_DROPOUT if key in values}
     rates |= {key: dropout for key in DROPOUT if key in values}
     # Built anew, because some classes compute fields from others: not from computed defaults.
-    given = values if published else {}
-    config = config_class(**given | rates | {"use_cache": False} | fields)
+    base = values if published else {}
+    config = config_class(**base | rates | {"use_cache": False} | fields)
     depth = config.num_hidden_layers
     if layers is not None and layers > depth:
         raise ValueError(f"it has {depth} layers, and student.layers is {layers}")

@@ -192,23 +192,23 @@ def check_source(config: StudentConfig, image: Any, text: Any, vocab_size: int) 
 
 def build_image(config: StudentConfig, image_size: int) -> Any:
     weights = config.image_weights
-    what = f"student.image_model is {config.image_model!r}, its weights {weights!r}"
+    setting = f"student.image_model is {config.image_model!r}, its weights {weights!r}"
     options = {"layers": config.layers, "overrides": config.image_overrides}
-    with loading(hub=weights == "hub", name=what), blame(what):
+    with loading(hub=weights == "hub", name=setting), blame(setting):
         encoder = resolve_name(IMAGE[config.image_backbone])
         return encoder(config.image_model, image_size, weights, **options)
 
 
 def build_text(config: StudentConfig, vocab_size: int, positions: int, pad_id: int) -> Any:
     weights = config.text_weights
-    what = f"student.text_model is {config.text_model!r}, its weights {weights!r}"
+    setting = f"student.text_model is {config.text_model!r}, its weights {weights!r}"
     options = {
         "layers": config.layers,
         "dropout": config.dropout,
         "pad_id": pad_id,
         "overrides": config.text_overrides,
     }
-    with loading(hub=weights == "hub", name=what), blame(what):
+    with loading(hub=weights == "hub", name=setting), blame(setting):
         encoder = resolve_name(TEXT[config.text_backbone])
         return encoder(config.text_model, vocab_size, positions, weights, **options)
 
@@ -230,8 +230,8 @@ class Teacher(nn.Module):
     def __init__(self, config: TeacherConfig, image_size: int, grid: tuple[int, int]):
         """`grid`: the student's patch grid, to which the teacher's patches are resampled."""
         super().__init__()
-        what = f"teacher.model is {config.model!r}, its weights {config.weights!r}"
-        with loading(hub=config.weights == "hub", name=what), blame(what):
+        setting = f"teacher.model is {config.model!r}, its weights {config.weights!r}"
+        with loading(hub=config.weights == "hub", name=setting), blame(setting):
             encoder = resolve_name(IMAGE["timm"])
             options = {"block": config.block, "overrides": config.overrides}
             self.image: Any = encoder(config.model, image_size, config.weights, **options)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import open_clip
 import torch
 from open_clip.push_to_hf_hub import save_config_for_hf
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -29,7 +29,8 @@ from ds_cmli.config.schema import DataConfig
 from ds_cmli.config.source import ModelSource, temperature_loss
 from ds_cmli.data.tokens import builtin_tokenizer, tokenizer_of
 from ds_cmli.engine import build_models
-from tests.make import save_run
+from ds_cmli.export import command
+from tests import make
 
 SIZES = {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION = {**SIZES, "hidden_size": 32, "image_size": 56, "patch_size": 14}
@@ -192,7 +193,28 @@ def of_library(folder: Path, pictures: list, texts: list[str]) -> LibraryFeature
     return LibraryFeatures(model, pixels, processor.image_std, ids, *(x.pooler_output for x in features))
 
 
+def library_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(min(folder.glob("*.safetensors")))
+
+
 # Trainings that start from one.
+
+
+def train_from(
+    source: Path, data: list[str], output: Path, steps: int, settings: dict[str, object], ds_config: dict
+) -> Path:
+    """The folder of a training by the preset `finetune`."""
+    words = ["--start-from", str(source), *data, "--output-dir", str(output), "--steps", str(steps), "--workers", "0"]
+    words += ["--deepspeed_config", make.json_file(output.with_suffix(".json"), ds_config)]
+    for name, value in ({"run.match_maps": 0, "run.log_every": 1, "optim.micro_batch": 8} | settings).items():
+        words += ["--set", f"{name}={json.dumps(value)}"]
+    assert make.train(*words) == 0
+    return output
+
+
+def export(run: Path, folder: Path, *options: str) -> Path:
+    command.main([str(run), str(folder), *options], standalone_mode=False)
+    return folder
 
 
 def settings(source, losses=(), data=None, **student):
@@ -222,4 +244,4 @@ def run_of(source, folder: Path, **chosen) -> Path:
     objective, config, words = start(source, **chosen)
     for parameter in objective.parameters():
         parameter.data += 0.01 * torch.randn_like(parameter)
-    return save_run(folder, config, objective, words)
+    return make.save_run(folder, config, objective, words)

@@ -37,33 +37,32 @@ def test_padding_changes_no_text(built, images):
         block.add_(torch.randn(block.shape, generator=torch.Generator().manual_seed(2)) * 0.1)
     ids, mask = texts(12, 5)
     *_, cls, tokens = student(images, ids, mask)
-    other = ids.clone()
-    other[:, 5:] = 7
-    for again, shown in ((other, mask), (ids[:, :8], mask[:, :8]), (ids[:, :5], mask[:, :5])):
-        *_, of_cls, of_tokens = student(images, again, shown)
-        assert_close(of_cls, cls, rtol=1e-4, atol=1e-5)
-        assert_close(of_tokens[:, :5], tokens[:, :5], rtol=1e-4, atol=1e-5)
-    *_, changed, _ = student(images, ids.index_fill(1, torch.tensor([4]), 7), mask)
-    assert (changed - cls).abs().max() > 1e-3
+    refilled = ids.clone()
+    refilled[:, 5:] = 7
+    for padded_ids, padded_mask in ((refilled, mask), (ids[:, :8], mask[:, :8]), (ids[:, :5], mask[:, :5])):
+        *_, padded_cls, padded_tokens = student(images, padded_ids, padded_mask)
+        assert_close(padded_cls, cls, rtol=1e-4, atol=1e-5)
+        assert_close(padded_tokens[:, :5], tokens[:, :5], rtol=1e-4, atol=1e-5)
+    *_, changed_cls, _ = student(images, ids.index_fill(1, torch.tensor([4]), 7), mask)
+    assert (changed_cls - cls).abs().max() > 1e-3
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("of", ["student", "teacher"])
-def test_patches_lie_row_by_row_without_the_class_token(of):
+@pytest.mark.parametrize("name", ["student", "teacher"])
+def test_patches_lie_row_by_row_without_the_class_token(name):
     """With attention and MLP at 0 a patch's features are those of its pixels and place."""
     objective, teacher = make.models(loss=LOSSES)
-    model = objective.student if of == "student" else teacher
-    for name, parameter in model.image.named_parameters():
-        if ".blocks." in f".{name}" and name.endswith(("proj.weight", "proj.bias", "fc2.weight", "fc2.bias")):
+    model = objective.student if name == "student" else teacher
+    zeroed = ("proj.weight", "proj.bias", "fc2.weight", "fc2.bias")
+    for parameter_name, parameter in model.image.named_parameters():
+        if ".blocks." in f".{parameter_name}" and parameter_name.endswith(zeroed):
             parameter.zero_()
     dark = torch.zeros(1, 3, 56, 56, dtype=torch.uint8)
     for row, column in ((0, 1), (2, 0), (3, 3)):
         light = dark.clone()
         light[:, :, 14 * row : 14 * row + 14, 14 * column : 14 * column + 14] = 255
-        found = []
-        for image in (dark, light):
-            found.append(model(image).patches if of == "teacher" else model.encode_image(image)[1])
-        moved = (found[0] - found[1]).abs().amax(2)[0] > 1e-6
+        before, after = (model(x).patches if name == "teacher" else model.encode_image(x)[1] for x in (dark, light))
+        moved = (after - before).abs().amax(2)[0] > 1e-6
         assert moved.nonzero().flatten().tolist() == [4 * row + column]
 
 
@@ -122,9 +121,8 @@ def adapted(lora: dict[str, list[str]], **student):
 
 def test_only_adapters_of_these_encoders_are_trained():
     trained = {name for name, p in adapted({"image": ["qkv"]}).named_parameters() if p.requires_grad}
-    of_image = {name for name in trained if name.startswith("student.image.")}
-    blocks = {f"student.image.model.blocks.{k}.attn.qkv.lora_{side}.default.weight" for k in (0, 1) for side in "AB"}
-    assert of_image == blocks
+    adapters = {f"student.image.model.blocks.{k}.attn.qkv.lora_{side}.default.weight" for k in (0, 1) for side in "AB"}
+    assert {name for name in trained if name.startswith("student.image.")} == adapters
     assert "student.projection.weight" in trained and any(name.startswith("student.text.") for name in trained)
     frozen = adapted({"image": ["qkv"]}, freeze_image=1)
     assert sum("lora_" in name for name, p in frozen.named_parameters() if p.requires_grad) == 2
@@ -132,17 +130,20 @@ def test_only_adapters_of_these_encoders_are_trained():
 
 @torch.no_grad()
 def test_merged_weights_give_the_same_without_adapters(images):
-    plain, objective, given = adapted({}), adapted(LORA), (images, *texts(7, 4))
+    plain = adapted({})
+    objective = adapted(LORA)
+    inputs = (images, *texts(7, 4))
     for name, parameter in objective.named_parameters():
         if "lora_B" in name:  # which starts as zero
             torch.nn.init.normal_(parameter)
-    before = plain.student(*given)
+    unadapted = plain.student(*inputs)
     assert objective.student.lora_scale == 4.0  # 16 / 4
     merged = merge_adapters(objective.state_dict(), objective.student.lora_scale)
     plain.load_state_dict(merged)  # every name, and no other
-    for entry, expected, other in zip(plain.student(*given), objective.student(*given), before, strict=True):
-        assert_close(entry, expected, rtol=1e-4, atol=1e-4)
-        assert (entry - other).abs().max() > 1e-3
+    features = plain.student(*inputs), objective.student(*inputs), unadapted
+    for merged_feature, adapted_feature, plain_feature in zip(*features, strict=True):
+        assert_close(merged_feature, adapted_feature, rtol=1e-4, atol=1e-4)
+        assert (merged_feature - plain_feature).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -56,22 +56,24 @@ def test_what_was_trained_is_loaded_to_the_bit(kind, tmp_path):
     student, losses = KINDS[kind]
     config, objective, words = trained(losses, student=student, data={"image_size": 64} if "batch norm" in kind else {})
     run = save_run(tmp_path / "run", config, objective, words)
-    model, processor = AutoModel.from_pretrained(run), AutoProcessor.from_pretrained(run)
-    saved, loaded = load_file(run / hf.WEIGHTS), model.state_dict(keep_vars=True)
+    model = AutoModel.from_pretrained(run)
+    saved = load_file(run / hf.WEIGHTS)
+    loaded = model.state_dict(keep_vars=True)
     assert saved.keys() <= loaded.keys() and len({x.data_ptr() for x in loaded.values() if x.numel()}) <= len(saved)
     assert all(torch.equal(value, loaded[name]) for name, value in saved.items())
     assert json.loads((run / "config.json").read_text())["dtype"] == "float32"  # whatever an engine has
     for (name, buffer), (_, own) in zip(model.student.named_buffers(), objective.student.named_buffers(), strict=True):
         assert torch.equal(buffer, own), name
-    inputs = processor(images=[PIXELS] * 3, text=TEXTS)
-    image, text = objective.student, (inputs["input_ids"], inputs["attention_mask"])
+    inputs = AutoProcessor.from_pretrained(run)(images=[PIXELS] * 3, text=TEXTS)
+    pixels = inputs.pop("pixel_values")
     pairs = [
-        (model.get_image_features(inputs["pixel_values"]), image.encode_image(inputs["pixel_values"])),
-        (model.get_text_features(*text), image.encode_text(*text)),
+        (model.get_image_features(pixels), objective.student.encode_image(pixels)),
+        (model.get_text_features(**inputs), objective.student.encode_text(**inputs)),
     ]
-    for found, (cls, tokens) in pairs:
-        torch.testing.assert_close(found.pooler_output, cls, rtol=0, atol=1e-6)
-        torch.testing.assert_close(found.last_hidden_state, image.projection(tokens), rtol=0, atol=1e-6)
+    for features, (cls, tokens) in pairs:
+        torch.testing.assert_close(features.pooler_output, cls, rtol=0, atol=1e-6)
+        projected = objective.student.projection(tokens)
+        torch.testing.assert_close(features.last_hidden_state, projected, rtol=0, atol=1e-6)
     if kind != "a distillation":
         assert model.scales() == objective.scales()
 
@@ -88,7 +90,8 @@ def run(made, tmp_path_factory):
 
 @torch.no_grad()
 def test_in_16_bits_temperatures_stay_and_it_saves_itself(run, tmp_path):
-    model, half = AutoModel.from_pretrained(run), AutoModel.from_pretrained(run, dtype=torch.bfloat16)
+    model = AutoModel.from_pretrained(run)
+    half = AutoModel.from_pretrained(run, dtype=torch.bfloat16)
     assert half.scales() == model.scales() and half.student.projection.weight.dtype == torch.bfloat16
     pixels = AutoProcessor.from_pretrained(run)(images=PIXELS)["pixel_values"]
     wanted = model.get_image_features(pixels).pooler_output
@@ -100,11 +103,13 @@ def test_in_16_bits_temperatures_stay_and_it_saves_itself(run, tmp_path):
 
 def test_the_processor_prepares_as_training_does(made, run):
     config, _, words = made
-    processor, image = AutoProcessor.from_pretrained(run), Image.fromarray(PIXELS)
-    tensor, wanted = torch.from_numpy(PIXELS).permute(2, 0, 1), View.of(config.data)(PIXELS)
+    processor = AutoProcessor.from_pretrained(run)
+    image = Image.fromarray(PIXELS)
+    tensor = torch.from_numpy(PIXELS).permute(2, 0, 1)
     image.save(file := io.BytesIO(), "PNG")
-    for given in (PIXELS, image, tensor, [PIXELS], (image,), PIXELS[None], tensor[None], file.getvalue()):
-        assert torch.equal(processor(images=given)["pixel_values"], wanted[None])
+    wanted = View.of(config.data)(PIXELS)
+    for picture in (PIXELS, image, tensor, [PIXELS], (image,), PIXELS[None], tensor[None], file.getvalue()):
+        assert torch.equal(processor(images=picture)["pixel_values"], wanted[None])
     inputs = processor(text=TEXTS, padding=True, truncation=True, return_tensors="pt")
     assert [row[mask].tolist() for row, mask in zip(*inputs.values(), strict=True)] == [
         words(text).input_ids for text in TEXTS
@@ -131,12 +136,14 @@ def test_an_end_that_is_also_the_padding_is_attended_to(tmp_path):
 def test_what_is_not_there_or_damaged_is_one_line(run, tmp_path):
     with pytest.raises(UserError, match=r"^the model is '[^\n]*: no config\.json there; give a run"):
         hf.load_model(tmp_path, setting="the model")
-    shutil.copytree(run, other := tmp_path / "other")
-    weights, name = load_file(run / hf.WEIGHTS), "student.projection.weight"
-    for change, line in (({}, "does not fit"), ({name: weights[name][1:]}, "cannot be loaded|does not fit")):
-        write_weights({key: x for key, x in weights.items() if key != name} | change, other / hf.WEIGHTS)
+    damaged = shutil.copytree(run, tmp_path / "damaged")
+    weights = load_file(run / hf.WEIGHTS)
+    name = "student.projection.weight"
+    projection = weights.pop(name)
+    for change, line in (({}, "does not fit"), ({name: projection[1:]}, "cannot be loaded|does not fit")):
+        write_weights(weights | change, damaged / hf.WEIGHTS)
         with pytest.raises(UserError, match=f"^[^\n]*({line})[^\n]*$"):
-            hf.load_model(other)
-    (other / hf.WEIGHTS).write_bytes(b"damaged")
+            hf.load_model(damaged)
+    (damaged / hf.WEIGHTS).write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"^[^\n]*cannot be loaded[^\n]*$"):
-        hf.load_model(other)
+        hf.load_model(damaged)

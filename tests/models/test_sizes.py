@@ -9,10 +9,9 @@ from transformers import AutoModel
 
 from ds_cmli.engine.build import starting_line
 from ds_cmli.errors import UserError
-from ds_cmli.export import command as export
 from ds_cmli.models.dual import stretched
 from tests import make
-from tests.models.sources import run_of, settings, start
+from tests.models.sources import export, run_of, settings, start, train_from
 
 SIDES = {"convnext": 64, "siglip": 160, "token": 160}  # of their own pictures; of the others 56
 PATCHES = {"convnext": 32, "siglip": 16, "token": 16}  # of the others 14
@@ -64,12 +63,12 @@ def test_longer_texts_of_open_clip_have_the_features_of_its_own_resize(folders):
 
 @torch.no_grad()
 def test_short_texts_of_clip_keep_their_features_when_its_positions_are_stretched(folders):
-    own, _, words = start(folders("CLIP"))
+    unchanged, _, words = start(folders("CLIP"))
     longer, _, _ = start(folders("CLIP"), data={"context_length": 154})
     ids = torch.tensor([words("a red car and a dog").input_ids])
     assert ids.shape[1] <= 20
-    for given, result in zip(*(x.student.text_embeddings(ids, ids >= 0) for x in (own, longer)), strict=True):
-        assert_close(result, given, rtol=0, atol=1e-6)
+    features, longer_features = (x.student.text_embeddings(ids, ids >= 0) for x in (unchanged, longer))
+    assert_close(longer_features, features, rtol=0, atol=1e-6)
 
 
 def test_positions_are_stretched_as_long_clip_does_it():
@@ -91,7 +90,7 @@ CHANGED = {
     "vit": {"image_size": 84, "context_length": 154},
     "roberta": {"image_size": 28, "context_length": 80},
 }
-SAID = {
+ENDS_OF_LINES = {
     "CLIP": "; positions: pictures 4 x 4 -> 6 x 6 patches (bicubic), texts 77 -> 154 (the first 20 are kept)",
     "SigLIP": ": siglip, 2 + 2 layers, 84 px, temperature 0.009; positions: pictures 4 x 4 -> 6 x 6 patches (bicubic)",
     "vit": "; positions: pictures 4 x 4 -> 6 x 6 patches (bicubic), texts 77 -> 154 (linear)",
@@ -99,31 +98,27 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("kind", SAID)
+@pytest.mark.parametrize("kind", ENDS_OF_LINES)
 def test_a_start_says_what_it_loads_and_which_positions_are_resampled(kind, folders):
     objective, config, _ = start(folders(kind), data=CHANGED[kind])
-    assert starting_line(config.student, objective, config.data.image_size).endswith(SAID[kind])
+    assert starting_line(config.student, objective, config.data.image_size).endswith(ENDS_OF_LINES[kind])
 
 
 def test_the_export_of_a_timm_tower_that_open_clip_cannot_build_is_one_line(folders, tmp_path):
     run = run_of(folders("siglip"), tmp_path / "run", data={"image_size": 240})
     with pytest.raises(UserError, match=r"^--as open_clip: 'visual.trunk.pos_embed' is \[1, 226, 96\] [^\n]* 240 px"):
-        export.main([str(run), str(tmp_path / "back"), "--as", "open_clip"], standalone_mode=False)
+        export(run, tmp_path / "back", "--as", "open_clip")
     assert not (tmp_path / "back").exists()
 
 
 @pytest.mark.slow
 def test_training_starts_at_another_size_and_its_export_starts_another(source, folders, tmp_path, capfd):
-    steps = ["--steps", "20", "--micro-batch", "4", "--workers", "0", "--losses", "global,cmli"]
-    steps += ["--lr", "1e-3", "--set", "run.match_maps=0", "--set", "run.log_every=1", *source]
-    run = tmp_path / "run"
-    sizes = ["--set", "data.image_size=84", "--set", "data.context_length=154"]
-    assert make.train("--start-from", str(folders("CLIP")), *sizes, *steps, "--output-dir", str(run)) == 0
-    assert SAID["CLIP"] in capfd.readouterr().out
+    chosen = {"data.image_size": 84, "data.context_length": 154, "optim.lr": 1e-3}
+    run = train_from(folders("CLIP"), source, tmp_path / "run", 20, chosen, {"zero_optimization": {"stage": 2}})
+    assert ENDS_OF_LINES["CLIP"] in capfd.readouterr().out
     losses = [line["loss"] for line in make.lines(run)]
     assert losses[-1] < losses[0]
-    export.main([str(run), str(tmp_path / "back"), "--as", "clip"], standalone_mode=False)
-    config = settings(tmp_path / "back")
+    config = settings(export(run, tmp_path / "back", "--as", "clip"))
     assert (config.data.image_size, config.data.context_length) == (84, 154)
 
 
@@ -143,7 +138,7 @@ def test_sizes_that_a_source_cannot_have_are_one_line(folders):
 
 
 def test_a_text_tower_of_another_kind_is_one_line(folders, monkeypatch):
-    """As open_clip 4's `text_arch` "modern"."""
+    """The tower that open_clip 4 builds for `text_arch` "modern" has no `_embeds` either."""
     monkeypatch.delattr(open_clip.transformer.TextTransformer, "_embeds")
     with pytest.raises(UserError, match=r"^student.source .*its text tower, TextTransformer, gives no features"):
         start(folders("vit"))

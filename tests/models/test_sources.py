@@ -17,7 +17,6 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import AutoModel
 
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.registry import score_scales
@@ -26,7 +25,6 @@ from ds_cmli.data.images import View
 from ds_cmli.data.pairs import Collate, Sample
 from ds_cmli.errors import UserError
 from ds_cmli.evaluate.__main__ import command as evaluate
-from ds_cmli.export import command as export
 from ds_cmli.inference import Model
 from ds_cmli.models.student import Student
 from tests import make
@@ -35,12 +33,15 @@ from tests.models.sources import (
     OF_OPEN_CLIP,
     OF_TRANSFORMERS,
     clip,
+    export,
     library_of,
+    library_weights,
     of_library,
     of_open_clip,
     run_of,
     settings,
     start,
+    train_from,
 )
 
 TEXTS = [
@@ -71,24 +72,24 @@ def pictures():
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_first_step_equals_the_source(kind, folders, begun, pictures):
     objective, config, words = begun(kind)
-    theirs = of_library(folders(kind), pictures, TEXTS)
+    expected = of_library(folders(kind), pictures, TEXTS)
     pixels = torch.stack([View.of(config.data)(picture) for picture in pictures])
-    std = torch.tensor(theirs.std)[:, None, None]
-    # Of 1: rounding of the mean alone.
-    assert ((objective.student.pixels(pixels, torch.float32) - theirs.pixels) * std).abs().max() < 1e-5
+    std = torch.tensor(expected.std)[:, None, None]
+    # In units of a pixel value of 1, this is the rounding of the mean alone.
+    assert ((objective.student.pixels(pixels, torch.float32) - expected.pixels) * std).abs().max() < 1e-5
     batch = Collate(words)([Sample(pixels[0], words(text), 0, 0) for text in TEXTS])
-    assert torch.equal(batch.input_ids, theirs.ids)
+    assert torch.equal(batch.input_ids, expected.ids)
     cls, patches = objective.student.image_embeddings(pixels)
     text_cls, tokens = objective.student.text_embeddings(batch.input_ids, batch.attention_mask)
-    assert_close(cls, F.normalize(theirs.images), rtol=0, atol=1e-5)
-    assert_close(text_cls, F.normalize(theirs.texts), rtol=0, atol=1e-5)
+    assert_close(cls, F.normalize(expected.images), rtol=0, atol=1e-5)
+    assert_close(text_cls, F.normalize(expected.texts), rtol=0, atol=1e-5)
     if kind == "CLIP":  # the last token starts as the text
         assert_close(tokens[0, batch.attention_mask[0].sum() - 1], text_cls[0])
     rows, columns = objective.student.grid
     assert patches.shape == (6, rows * columns, cls.shape[1])
-    assert tokens.shape == (5, theirs.ids.shape[1], cls.shape[1])
-    assert score_scales(objective.scales())["global"] == pytest.approx(theirs.model.logit_scale.exp().item())
-    bias = getattr(theirs.model, "logit_bias", None)
+    assert tokens.shape == (5, expected.ids.shape[1], cls.shape[1])
+    assert score_scales(objective.scales())["global"] == pytest.approx(expected.model.logit_scale.exp().item())
+    bias = getattr(expected.model, "logit_bias", None)
     if bias is not None:
         assert objective.losses["global_sigmoid"].temperature.logit_bias.item() == pytest.approx(bias.item())
 
@@ -108,18 +109,14 @@ POOLING = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", POOLING)
-def test_a_patch_starts_where_a_picture_of_it_alone_would(kind, folders, begun):
-    tower, folder = begun(kind)[0].student.image, folders(kind)
-    if kind in OF_TRANSFORMERS:
-        model: Any = AutoModel.from_pretrained(folder)
-    else:
-        model = open_clip.create_model_from_pretrained(f"local-dir:{folder}", return_transform=False).eval()
+def test_a_patch_starts_where_a_picture_of_it_alone_would(kind, folders, begun, pictures):
+    tower = begun(kind)[0].student.image
+    model: Any = of_library(folders(kind), pictures[:1], TEXTS[:1]).model
     width = model.visual.trunk.num_features if hasattr(getattr(model, "visual", None), "trunk") else 32
     x = torch.randn(5, width)
     assert_close(tower.token_head(x), POOLING[kind](model, x), rtol=0, atol=1e-5)
-    own = {id(parameter) for parameter in tower.token_head.parameters()}  # a map of its own
     others = (p for name, p in tower.named_parameters(remove_duplicate=False) if not name.startswith("token_head"))
-    assert own.isdisjoint(map(id, others))
+    assert set(tower.token_head.parameters()).isdisjoint(others)  # the map has parameters of its own
 
 
 def test_shared_blocks_start_as_the_identity_where_widths_agree(folders, tmp_path):
@@ -127,8 +124,7 @@ def test_shared_blocks_start_as_the_identity_where_widths_agree(folders, tmp_pat
     image = torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8)
     plain, blocks = (start(folder, shared_blocks=n)[0].student for n in (0, 2))
     assert len(blocks.shared) == 2
-    for x, y in zip(plain.image_embeddings(image), blocks.image_embeddings(image), strict=True):
-        assert torch.equal(x, y)
+    assert_close(blocks.image_embeddings(image), plain.image_embeddings(image), rtol=0, atol=0)
     with pytest.raises(UserError, match="32 and 48 wide: give 0"):
         start(folders("CLIP"), shared_blocks=1)
 
@@ -141,35 +137,33 @@ def test_the_preset_trains_the_loss_whose_temperature_the_source_has(kind, loss,
     assert load_preset("finetune", chosen).loss.weights == {"global": 2.0}
 
 
+def moved_weights(source: Path, export: Path) -> set[str]:
+    trained = library_weights(export)
+    return {name for name, value in library_weights(source).items() if not torch.equal(value, trained[name])}
+
+
 @pytest.mark.slow
-def test_it_is_evaluated_first_and_the_same_at_zero_3_and_back_in_its_library(source, tmp_path):
+def test_it_is_evaluated_first_and_the_same_at_zero_3_and_back_in_its_library(folders, source, tmp_path):
     """By the preset `finetune`, as docs/finetune.md has it; then it goes on in another run."""
-    begun, two, three, back = (tmp_path / name for name in ("begun", "two", "three", "back"))
-    clip(begun)
 
-    def train(start: Path, output: Path, stage: int, steps: int) -> list[dict]:
-        """Its lines of metrics with evaluations."""
-        zero = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000}}
-        given = ["--start-from", str(start), *source, "--losses", "global,cmli", "--steps", str(steps)]
-        given += ["--lr", "1e-3", "--micro-batch", "8", "--workers", "0", "--set", "run.match_maps=0"]
-        given += ["--set", "student.freeze_image=2", "--set", "student.freeze_text=1"]
-        given += ["--deepspeed_config", make.json_file(tmp_path / "ds.json", zero), "--output-dir", str(output)]
-        assert make.train(*given) == 0
-        return make.lines(output, "eval/val/pairs")
+    def train(origin: Path, name: str, stage: int, steps: int) -> Path:
+        ds_config = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000}}
+        settings = {"optim.lr": 1e-3, "student.freeze_image": 2, "student.freeze_text": 1}
+        return train_from(origin, source, tmp_path / name, steps, settings, ds_config)
 
-    before = CliRunner().invoke(evaluate, [str(begun), *source])
-    assert "global" in before.output and "combined" not in before.output  # its patches and words are not trained
-    first = train(begun, two, 2, 4)
-    assert [line["step"] for line in first] == [0, 4]
-    train(begun, three, 3, 4)
+    def evaluations(run: Path) -> list[tuple[int, float]]:
+        return [(line["step"], line["eval/val/global/mean_recall"]) for line in make.lines(run, "eval/val/pairs")]
+
+    evaluated = CliRunner().invoke(evaluate, [str(folders("CLIP")), *source]).output
+    assert "global" in evaluated and "combined" not in evaluated  # its patches and words are not trained
+    two = train(folders("CLIP"), "two", 2, 4)
+    assert [step for step, _ in evaluations(two)] == [0, 4]
+    three = train(folders("CLIP"), "three", 3, 4)
     for name, value in make.weights(three).items():
         assert_close(value, make.weights(two)[name], rtol=1e-4, atol=1e-5)
-    second = train(two, tmp_path / "next", 2, 1)
-    same = "eval/val/global/mean_recall"
-    assert second[0]["step"] == 0 and second[0][same] == first[-1][same]
-    export.main([str(two), str(back), "--as", "clip"], standalone_mode=False)
-    given, trained = load_file(begun / "model.safetensors"), make.weights(back)
-    moved = {name for name, value in given.items() if not torch.equal(value, trained[name])}
+    _, last_recall = evaluations(two)[-1]
+    assert evaluations(train(two, "next", 2, 1))[0] == (0, last_recall)
+    moved = moved_weights(folders("CLIP"), export(two, tmp_path / "back", "--as", "clip"))
     assert not [name for name in moved if "vision_model.e" in name or "text_model.encoder.layers.0" in name]
     assert any("text_model.encoder.layers.1" in name for name in moved)
 
@@ -181,40 +175,34 @@ ALSO_EXPORTED = [*((kind, {}) for kind in ("vit", "convnext", "coca", "siglip"))
 
 @pytest.mark.parametrize("kind, sizes", [*EXPORTED, *(pytest.param(*x, marks=pytest.mark.slow) for x in ALSO_EXPORTED)])
 def test_trained_and_exported_the_library_computes_its_features(kind, sizes, folders, pictures, tmp_path):
-    run, back = run_of(folders(kind), tmp_path / "run", data=sizes), tmp_path / "back"
-    export.main([str(run), str(back), "--as", library_of(kind)], standalone_mode=False)
-    ours, theirs = Model.load(run, "cpu"), of_library(back, pictures, TEXTS)
-    assert_close(ours.embed_images(pictures).cls, F.normalize(theirs.images), rtol=0, atol=1e-5)
-    assert_close(ours.embed_texts(TEXTS).cls, F.normalize(theirs.texts), rtol=0, atol=1e-5)
-    assert ours.evaluator.scales["global"] == pytest.approx(theirs.model.logit_scale.exp().item())
-    given, trained = (load_file(min(folder.glob("*.safetensors"))) for folder in (folders(kind), back))
-    assert not torch.equal(given["logit_scale"], trained["logit_scale"])
-    assert trained.keys() == {key for key in given if not key.startswith("text_decoder.")}  # of a CoCa
+    run = run_of(folders(kind), tmp_path / "run", data=sizes)
+    back = export(run, tmp_path / "back", "--as", library_of(kind))
+    model = Model.load(run, "cpu")
+    expected = of_library(back, pictures, TEXTS)
+    assert_close(model.embed_images(pictures).cls, F.normalize(expected.images), rtol=0, atol=1e-5)
+    assert_close(model.embed_texts(TEXTS).cls, F.normalize(expected.texts), rtol=0, atol=1e-5)
+    assert model.evaluator.scales["global"] == pytest.approx(expected.model.logit_scale.exp().item())
+    source_weights = library_weights(folders(kind))
+    trained = library_weights(back)
+    assert not torch.equal(source_weights["logit_scale"], trained["logit_scale"])
+    assert trained.keys() == {key for key in source_weights if not key.startswith("text_decoder.")}  # of a CoCa
 
 
 LOSSES_OF = {"CLIP": "global", "SigLIP": "global_sigmoid", "vit": "global"}
-ADAPTED = '{"image": ["q_proj", "v_proj"], "text": ["q_proj", "fc1"]}'
+LORA = {"student.lora": {"image": ["q_proj", "v_proj"], "text": ["q_proj", "fc1"]}}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, lora", [("CLIP", ""), ("SigLIP", ""), ("SigLIP", ADAPTED), ("vit", "")])
+@pytest.mark.parametrize("kind, lora", [("CLIP", {}), ("SigLIP", {}), ("SigLIP", LORA), ("vit", {})])
 def test_the_preset_trains_a_source_in_bf16_at_zero_2(kind, lora, folders, source, tmp_path):
-    run, back = tmp_path / "run", tmp_path / "back"
-    json_file = make.json_file(tmp_path / "ds.json", {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}})
-    words = ["--start-from", str(folders(kind)), *source, "--deepspeed_config", json_file, "--output-dir", str(run)]
-    words += ["--steps", "3", "--lr", "2e-3", "--micro-batch", "8", "--workers", "0", "--set", "run.match_maps=0"]
-    words += ["--set", "run.log_every=1"]
-    if lora:
-        words += ["--set", f"student.lora={lora}"]
-    assert make.train(*words) == 0
+    ds_config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
+    run = train_from(folders(kind), source, tmp_path / "run", 3, {"optim.lr": 2e-3, **lora}, ds_config)
     lines = make.lines(run)
     assert {f"loss/{LOSSES_OF[kind]}", "loss/cmli"} <= lines[0].keys()
     assert len(lines) == 3 and all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
-    given = load_file(min(folders(kind).glob("*.safetensors")))
-    export.main([str(run), str(back), "--as", library_of(kind)], standalone_mode=False)
-    trained = load_file(min(back.glob("*.safetensors")))
-    moved = {name for name, value in given.items() if not torch.equal(value, trained[name])}
-    assert given.keys() == trained.keys() and "logit_scale" in moved
+    back = export(run, tmp_path / "back", "--as", library_of(kind))
+    moved = moved_weights(folders(kind), back)
+    assert library_weights(back).keys() == library_weights(folders(kind)).keys() and "logit_scale" in moved
     if lora:  # the rest of an encoder with adapters is frozen
         adapted = ("q_proj.weight", "v_proj.weight", "fc1.weight")
         assert all(name.endswith(adapted) for name in moved if ".layers." in name)
@@ -258,26 +246,23 @@ def test_folders_that_both_libraries_load_are_transformers(folders, tmp_path):
 
 
 def test_settings_of_a_training_are_free_and_those_that_contradict_the_source_are_one_line(folders):
-    given = {"student": {"source": str(folders("CLIP")), "freeze_image": 2}, "data": {"context_length": 16}}
-    out = applied(given)
+    chosen = {"student": {"source": str(folders("CLIP")), "freeze_image": 2}, "data": {"context_length": 16}}
+    out = applied(chosen)
     assert out["data"]["context_length"] == 16 and out["student"]["freeze_image"] == 2
     assert out["student"]["freeze_text"] == 0 and out["student"]["shared_blocks"] == 0  # whatever a preset has
     contradicting = (("student", "layers", 1), ("data", "padding", "full"), ("loss", "init_temperature", 2))
     for section, key, value in contradicting:
         line = rf"^{section}.{key} is {value!r}: [^\n]*student.source [^\n]*: leave it out$"
         with pytest.raises(UserError, match=line):
-            applied({**given, section: {**given.get(section, {}), key: value}})
+            applied({**chosen, section: {**chosen.get(section, {}), key: value}})
     with pytest.raises(UserError, match=r"^data.context_length is 16"):  # SigLIP attends to its padding
-        applied({**given, "student": {"source": str(folders("SigLIP"))}})
+        applied({**chosen, "student": {"source": str(folders("SigLIP"))}})
     with pytest.raises(UserError, match="source_config is filled"):
         applied({"student": {"source_config": {}}})
 
 
-def test_the_configuration_alone_rebuilds_the_student_for_its_own_tokenizer(folders, tmp_path):
-    folder = shutil.copytree(folders("SigLIP"), tmp_path / "gone")
-    chosen = settings(folder).student
-    shutil.rmtree(folder)
-    assert Student(chosen, 56, 400, 64, pretrained=False).start is None
+def test_a_tokenizer_of_more_tokens_than_the_text_tower_has_is_one_line(folders):
+    chosen = settings(folders("SigLIP")).student
     with pytest.raises(UserError, match=r"its tokenizer has 10000 tokens, and its text encoder only \d+"):
         Student(chosen, 56, 10_000, 64, pretrained=False)
 

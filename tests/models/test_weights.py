@@ -16,7 +16,8 @@ from ds_cmli.models.student import Student, Teacher
 from tests.checkpoint.runs import Code
 
 CONFIG = load_preset("tiny", {})
-S, VOCAB, GRID = CONFIG.data.image_size, 99, (4, 4)
+S = CONFIG.data.image_size
+VOCAB = 99
 EVERY = ("image", "text", "teacher")
 VIT = {"num_classes": 0, **CONFIG.student.image_overrides}  # of a file without a classifier
 
@@ -45,10 +46,13 @@ def load(tmp_path, state):
             save_file({k: v.clone() for k, v in weights.items()}, path, metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps({**state["config"].to_dict(), **dict(fields)}))
         if tower == "teacher":
-            own = {"weights": str(path), "overrides": VIT, **settings}
-            return Teacher(dataclasses.replace(CONFIG.teacher, **own), S, GRID).image.model
-        own = {"text_weights": str(folder)} if tower == "text" else {"image_weights": str(path), "image_overrides": VIT}
-        student = Student(dataclasses.replace(CONFIG.student, **own | settings), S, VOCAB)
+            settings = {"weights": str(path), "overrides": VIT, **settings}
+            return Teacher(dataclasses.replace(CONFIG.teacher, **settings), S, (4, 4)).image.model
+        if tower == "image":
+            settings = {"image_weights": str(path), "image_overrides": VIT, **settings}
+        else:
+            settings = {"text_weights": str(folder)}
+        student = Student(dataclasses.replace(CONFIG.student, **settings), S, VOCAB)
         return student.image.model if tower == "image" else student.text.model
 
     return load
@@ -72,12 +76,12 @@ def test_an_images_classifier_is_cut_off(state, load):
 def test_a_file_of_a_text_model_needs_no_folder_and_tied_tables_arrive(tmp_path):
     """T5's table of tokens has two names, and a file has it once."""
     sizes = {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64, "d_kv": 16}
-    own = dataclasses.replace(CONFIG.student, text_model="t5", text_overrides=sizes)
-    saved = Student(own, S, VOCAB).text.model
+    config = dataclasses.replace(CONFIG.student, text_model="t5", text_overrides=sizes)
+    saved = Student(config, S, VOCAB).text.model
     saved.save_pretrained(tmp_path)
-    of_folder = {"text_weights": str(tmp_path), "text_overrides": {}}
-    for weights in (of_folder, {"text_weights": str(tmp_path / "model.safetensors")}):
-        loaded = Student(dataclasses.replace(own, **weights), S, VOCAB).text.model
+    folder = {"text_weights": str(tmp_path), "text_overrides": {}}
+    for weights in (folder, {"text_weights": str(tmp_path / "model.safetensors")}):
+        loaded = Student(dataclasses.replace(config, **weights), S, VOCAB).text.model
         assert torch.equal(loaded.shared.weight, saved.shared.weight)
         assert loaded.encoder.embed_tokens.weight is loaded.shared.weight
 
