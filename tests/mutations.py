@@ -77,7 +77,7 @@ ROWS = (
      "over_m = tl.where(m_ok[None, :], s, LOW)", "over_m = tl.where(m_inside[None, :], s, LOW)"),
     # The losses: columns of the wrong scores, a temperature that sticks, equal captions as negatives.
     ("loss-columns", "cmli/pair_function.py", RANKS,
-     "block.contrastive_logits(scores.t2i, batch.scale)", "block.contrastive_logits(scores.i2t, batch.scale)"),
+     "block.contrastive_logits(scores.t2i, scale)", "block.contrastive_logits(scores.i2t, scale)"),
     ("loss-temperature", "cmli/loss.py",
      LOSS + "test_one_over_the_temperature_is_at_most_100_and_learned_above_it_too",
      "(x + (clamped - x).detach()).exp()", "clamped.exp()"),

@@ -37,22 +37,11 @@ class PairBatch(NamedTuple):
     local_token_mask: Tensor | None  # bool [B, M]
     patch_mask: Tensor | None  # bool [B, N]; None: all patches are valid
     local_ids: Tensor | None  # int64 [B, K]; None: there are no duplicates
-    learned: Tensor  # the scale [1]; for the sigmoid loss the scale and the bias [2]
+    scale: Tensor  # scalar, 1/temperature
+    bias: Tensor | None  # scalar; None: the contrastive loss
     global_text: Tensor  # [G, M, D] or [G, D], normalized; M is that of the longest text
     global_token_mask: Tensor | None  # bool [G, M]; None: vectors are compared
     global_ids: Tensor | None  # int64 [G, K]
-
-    @property
-    def is_sigmoid(self) -> bool:
-        return len(self.learned) == 2
-
-    @property
-    def scale(self) -> Tensor:
-        return self.learned[0]
-
-    @property
-    def bias(self) -> Tensor:
-        return self.learned[1]
 
 
 class BlockScores(NamedTuple):
@@ -95,8 +84,10 @@ class PairFunction(torch.autograd.Function):
             l2_normalize(text), token_mask, sizes
         )  # collectives
         global_ids = None if ids is None else exchange.gather(ids)  # collective
-        local = image, text, token_mask, patch_mask, ids, learned
-        batch = PairBatch(*local, global_text, global_token_mask, global_ids)
+        scale = learned[0]
+        bias = learned[1] if len(learned) == 2 else None
+        local = image, text, token_mask, patch_mask, ids
+        batch = PairBatch(*local, scale, bias, global_text, global_token_mask, global_ids)
         plan = plan_blocks(batch, sizes, backend, scratch_bytes)
         if not any(ctx.needs_input_grad):
             plan = plan._replace(num_saved=0)
@@ -116,17 +107,17 @@ class PairFunction(torch.autograd.Function):
                 saved_scores.append(scores)
             if block.duplicates is not None:
                 num_duplicates += block.duplicates.sum()
-            if batch.is_sigmoid:
-                loss_sum += block.sigmoid_loss(scores.i2t, batch)
-                loss_sum += block.sigmoid_loss(scores.t2i, batch)
+            if bias is not None:
+                loss_sum += block.sigmoid_loss(scores.i2t, scale, bias)
+                loss_sum += block.sigmoid_loss(scores.t2i, scale, bias)
             else:
-                logits_i2t = block.contrastive_logits(scores.i2t, batch.scale)
-                logits_t2i = block.contrastive_logits(scores.t2i, batch.scale)
+                logits_i2t = block.contrastive_logits(scores.i2t, scale)
+                logits_t2i = block.contrastive_logits(scores.t2i, scale)
                 positive_i2t[block.rows] = block.positives(logits_i2t)
                 positive_t2i[block.rows] = block.positives(logits_t2i)
                 row_lse[block.rows] = logits_i2t.logsumexp(1)
                 column_lse = torch.logaddexp(column_lse, logits_t2i.logsumexp(0))
-        if not batch.is_sigmoid:
+        if bias is None:
             column_lse = exchange.logsumexp_over_ranks(column_lse)  # collectives
             first_text = exchange.this_rank() * num_images
             local_column_lse = column_lse[first_text : first_text + num_images]
@@ -148,7 +139,7 @@ class PairFunction(torch.autograd.Function):
         batch = saved.batch
         text = batch.local_text
         d_image = torch.empty_like(batch.image)
-        d_learned = torch.zeros_like(batch.learned)
+        d_learned = batch.scale.new_zeros(1 if batch.bias is None else 2)
         d_global_text = backward_blocks(saved, ctx.plan, d_loss, d_image, d_learned)  # collective
         d_text = exchange.sum_to_owner(
             d_global_text, batch.global_token_mask, batch.local_token_mask, ctx.plan.sizes
@@ -187,6 +178,8 @@ def backward_blocks(
 ) -> Tensor:
     """Write `d_image`, add to `d_learned`, and return the gradient of `global_text`. Collective."""
     batch = saved.batch
+    scale = batch.scale
+    bias = batch.bias
     num_images = len(batch.image)
     d_global_text = zero_gradient(batch.global_text)
     row_weight = d_loss / (2 * num_images)  # the gradient of the loss for one term of its sum
@@ -196,21 +189,21 @@ def backward_blocks(
     for block in blocks(batch, plan):
         is_saved = block.rows.stop <= plan.num_saved
         scores = next(saved_scores) if is_saved else block.score(keep_argmax=True)
-        if batch.is_sigmoid:
-            d_logits_i2t = block.sigmoid_gradient(scores.i2t, batch, row_weight)
-            d_logits_t2i = block.sigmoid_gradient(scores.t2i, batch, row_weight)
+        if bias is not None:
+            d_logits_i2t = block.sigmoid_gradient(scores.i2t, scale, bias, row_weight)
+            d_logits_t2i = block.sigmoid_gradient(scores.t2i, scale, bias, row_weight)
             d_learned[1] += d_logits_i2t.sum()
             d_learned[1] += d_logits_t2i.sum()
         else:
             row_lse = saved.row_lse[block.rows, None]  # [b, 1]
-            d_logits_i2t = block.contrastive_gradient(scores.i2t, batch.scale, row_lse, row_weight)
+            d_logits_i2t = block.contrastive_gradient(scores.i2t, scale, row_lse, row_weight)
             d_logits_t2i = block.contrastive_gradient(
-                scores.t2i, batch.scale, saved.column_lse, column_weights
+                scores.t2i, scale, saved.column_lse, column_weights
             )
         d_learned[0] += torch.dot(d_logits_i2t.flatten(), scores.i2t.flatten())
         d_learned[0] += torch.dot(d_logits_t2i.flatten(), scores.t2i.flatten())
-        d_i2t = d_logits_i2t.mul_(batch.scale)
-        d_t2i = d_logits_t2i.mul_(batch.scale)
+        d_i2t = d_logits_i2t.mul_(scale)
+        d_t2i = d_logits_t2i.mul_(scale)
         d_unit_image = zero_gradient(block.image)
         block.add_feature_gradients(d_i2t, d_t2i, scores, d_unit_image, d_global_text)
         d_image[block.rows] = l2_normalize_backward(d_unit_image, batch.image[block.rows])
@@ -258,14 +251,16 @@ class ImageBlock:
         self.positives(d_logits).sub_(1)
         return d_logits.mul_(weight)
 
-    def sigmoid_loss(self, scores: Tensor, batch: PairBatch) -> Tensor:
+    def sigmoid_loss(self, scores: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         """Return the sum of -log(sigmoid(+-logits)): + for positives and duplicates."""
-        signed_logits = self._with_signs(torch.addcmul(batch.bias, scores, batch.scale))
+        signed_logits = self._with_signs(torch.addcmul(bias, scores, scale))
         return F.softplus(signed_logits.neg_()).sum()
 
-    def sigmoid_gradient(self, scores: Tensor, batch: PairBatch, weight: Tensor) -> Tensor:
+    def sigmoid_gradient(
+        self, scores: Tensor, scale: Tensor, bias: Tensor, weight: Tensor
+    ) -> Tensor:
         """Return the gradient of the logits: weight * -+sigmoid(-+logits)."""
-        signed_logits = self._with_signs(torch.addcmul(batch.bias, scores, batch.scale))
+        signed_logits = self._with_signs(torch.addcmul(bias, scores, scale))
         return self._with_signs(signed_logits.neg_().sigmoid_()).neg_().mul_(weight)
 
     def _with_signs(self, matrix: Tensor) -> Tensor:

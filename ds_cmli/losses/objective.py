@@ -61,7 +61,8 @@ class Objective(nn.Module):
             pair_gradients: the gradients of these features, if the losses over pairs have been
                 computed before; backward then uses them, multiplied by `factor`.
         """
-        features = self._features(batch)
+        encoded = self.student(batch.image, batch.input_ids, batch.attention_mask, batch.padded)
+        features = Features(*encoded, batch.token_mask)
         pairs = self._pair_features(features, batch)
         if embed:
             # A class token is a view of its sequence: without a copy it would keep the sequence.
@@ -85,9 +86,11 @@ class Objective(nn.Module):
         for name, loss in self._over_pairs().items():
             token_mask = None
             if LOSSES[name].scores == "global":
-                image, text = pairs["image_cls"], pairs["text_cls"]
+                image = pairs["image_cls"]
+                text = pairs["text_cls"]
             else:
-                image, text = pairs["patches"], pairs["tokens"]
+                image = pairs["patches"]
+                text = pairs["tokens"]
                 token_mask = pairs["token_mask"]
             # With gradient caching each micro-batch has added its copy of the scale and the bias.
             copy_size = 1 if loss.temperature.logit_bias is None else 2
@@ -110,12 +113,6 @@ class Objective(nn.Module):
 
     def _over_pairs(self) -> dict[str, PairLoss]:
         return {name: cast(PairLoss, self.losses[name]) for name in over_pairs(self.config.weights)}
-
-    def _features(self, batch: Batch) -> Features:
-        image_cls, patches, text_cls, tokens = self.student(
-            batch.image, batch.input_ids, batch.attention_mask, batch.padded
-        )
-        return Features(image_cls, patches, text_cls, tokens, batch.token_mask)
 
     def _pair_features(self, features: Features, batch: Batch) -> PairFeatures:
         """Return the inputs of the losses over pairs, with `learned/NAME` of each loss."""
