@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from ds_cmli import scopes
 from ds_cmli.config.registry import LOSSES
@@ -80,8 +81,9 @@ class TrainEngine:
         """Run a step with gradient caching (`losses/gradient_cache.py`). Collective."""
         random_states = []
         features = []
+        weight = next(self.objective.parameters())  # it is on the GPU whose generator is meant
         for batch in micro_batches:
-            random_states.append(gradient_cache.random_states(self.device))
+            random_states.append((torch.get_rng_state(), get_device_states(weight)))
             with torch.no_grad():
                 features.append(self.engine(batch.to(self.device, non_blocking=True), embed=True))
         step_losses = []
@@ -92,7 +94,9 @@ class TrainEngine:
             )  # collectives
             heartbeat()
             for index, batch in enumerate(micro_batches):
-                gradient_cache.set_random_states(random_states[index], self.device)
+                host_state, device_states = random_states[index]
+                torch.set_rng_state(host_state)
+                set_device_states(*device_states)
                 step_losses.append(self._forward_backward(batch, pairs, index))  # collectives
                 self.update()  # collectives
                 heartbeat()

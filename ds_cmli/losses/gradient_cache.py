@@ -85,18 +85,3 @@ def _leaf(parts: list[Tensor]) -> Tensor:
         parts = [F.pad(x, [0, 0] * (x.ndim - 2) + [0, longest - x.shape[1]]) for x in parts]
     leaf = torch.cat(parts)
     return leaf.requires_grad_(leaf.is_floating_point())
-
-
-def random_states(device: torch.device) -> list[Tensor]:
-    """Return the states of the generators that dropout draws from."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
-
-
-def set_random_states(states: list[Tensor], device: torch.device) -> None:
-    on_host, *on_gpu = states
-    torch.set_rng_state(on_host)
-    for state in on_gpu:
-        torch.cuda.set_rng_state(state, device)

@@ -1,4 +1,4 @@
-"""Random inputs of the all-pairs op, its equations in fp64, and the errors of an implementation against these."""
+"""Random inputs of the all-pairs op, equations (1) to (4) and the losses in fp64, and errors of an implementation."""
 
 from itertools import product
 from typing import NamedTuple
@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PADDING = 50.0  # what stands at positions that do not count
 PATCHES = [1, 2, 7, 15, 16, 17, 49, 197, 300]
 TOKENS = [1, 2, 3, 5, 9, 16, 33, 64, 70, 300]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -25,7 +24,7 @@ class Case(NamedTuple):
 
 
 def case(seed: int, longest: int = 300, dtype: torch.dtype | None = None) -> Case:
-    """Holes in masks, large padding, empty texts and images, ties of exact products, one position, NaN and infinity."""
+    """Holes in masks, NaN or large padding, empty texts and images, ties of exact products, one position, infinity."""
     rng = torch.Generator().manual_seed(seed)
 
     def pick(values):
@@ -50,9 +49,10 @@ def case(seed: int, longest: int = 300, dtype: torch.dtype | None = None) -> Cas
         patch_mask = torch.rand(I, N, generator=rng) < 0.7
         patch_mask[0] &= chance(0.5)
     image, text = (x.to(dtype) for x in sides)
-    text[~token_mask] = PADDING
+    padding = torch.nan if seed % 2 else 50.0
+    text[~token_mask] = padding
     if patch_mask is not None:
-        image[~patch_mask] = PADDING
+        image[~patch_mask] = padding
     if kind in ("nan", "inf"):
         x = pick([image, text]).view(-1, D)
         x[int(torch.randint(len(x), (1,), generator=rng)), 0] = float(kind)
@@ -74,6 +74,22 @@ def reference_scores(
         s_i2t[i, j] = S.max(1).values.mean() if S.numel() else S.sum()  # of nothing: 0, and no gradient
         s_t2i[i, j] = S.max(0).values.mean() if S.numel() else S.sum()
     return s_i2t, s_t2i
+
+
+def reference_loss(s_i2t: Tensor, s_t2i: Tensor, learned: Tensor, duplicates: Tensor | None = None) -> Tensor:
+    """The loss over the scores [G, G] of a whole batch; `learned`: 1/temperature, and the bias of a sigmoid loss."""
+    scale, *bias = learned
+    positives = torch.eye(len(s_i2t), dtype=torch.bool)
+    losses = []
+    for logits in (scale * s_i2t, scale * s_t2i.t()):
+        if not bias:
+            if duplicates is not None:
+                logits = logits.masked_fill(duplicates, -torch.inf)
+            losses.append(F.cross_entropy(logits, torch.arange(len(logits))))
+        else:
+            targets = positives if duplicates is None else positives | duplicates
+            losses.append(F.binary_cross_entropy_with_logits(logits + bias[0], targets.double()) * len(logits))
+    return sum(losses) / 2
 
 
 def with_gradients(scores, case: Case, double: bool = False) -> list[Tensor]:

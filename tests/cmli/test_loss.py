@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ds_cmli.cmli import CMLILoss, PairLoss, pair_function
 from ds_cmli.cmli.normalize import l2_normalize
 from tests import ranks
-from tests.cmli.cases import reference_scores
+from tests.cmli.cases import reference_loss, reference_scores
 
 G, N, M, D = 12, 20, 6, 16
 SETTINGS = list(product((False, True), (False, True)))  # vectors, sigmoid
@@ -41,22 +41,6 @@ def batch(vectors: bool, extra: bool, dtype=torch.float64):
 def duplicates_of(ids: Tensor) -> Tensor:
     """bool [G, G]: other pairs that share an id."""
     return (ids[:, None] == ids).any(2) & ~torch.eye(len(ids), dtype=torch.bool)
-
-
-def reference_loss(s_i2t: Tensor, s_t2i: Tensor, learned: Tensor, duplicates: Tensor | None = None) -> Tensor:
-    """The loss over the scores [G, G] of a whole batch; `learned`: 1/temperature, and the bias of a sigmoid loss."""
-    scale, *bias = learned
-    positives = torch.eye(len(s_i2t), dtype=torch.bool)
-    losses = []
-    for logits in (scale * s_i2t, scale * s_t2i.t()):
-        if not bias:
-            if duplicates is not None:
-                logits = logits.masked_fill(duplicates, -torch.inf)
-            losses.append(F.cross_entropy(logits, torch.arange(len(logits))))
-        else:
-            targets = positives if duplicates is None else positives | duplicates
-            losses.append(F.binary_cross_entropy_with_logits(logits + bias[0], targets.double()) * len(logits))
-    return sum(losses) / 2
 
 
 def test_one_over_the_temperature_is_at_most_100_and_learned_above_it_too():

@@ -63,19 +63,6 @@ def test_16_bit_products_are_summed_in_fp32(scores, dtype):
     assert s_t2i.item() == 257.0
 
 
-def test_nan_stays_with_its_pair_and_behind_a_mask(scores):
-    image, patch_mask = torch.randn(3, 40, 16), torch.arange(40).expand(3, 40) % 3 > 0
-    text, token_mask = torch.randn(4, 9, 16), torch.arange(9) < torch.tensor([[5], [5], [5], [0]])
-    expected = scores(image, text, token_mask, patch_mask)
-    image[~patch_mask], text[~token_mask] = torch.nan, torch.inf
-    assert_close(scores(image, text, token_mask, patch_mask), expected)
-    image[0, patch_mask[0].nonzero()[-1, 0]] = torch.nan
-    for s, before in zip(scores(image, text, token_mask, patch_mask), expected, strict=True):
-        assert s[0, :-1].isnan().all()
-        assert s[0, -1] == 0
-        assert torch.equal(s[1:], before[1:])
-
-
 def test_triton_interpreted():
     """In a process of its own: a variable must be set before triton is imported. Races of threads it does not show."""
     pytest.importorskip("triton")

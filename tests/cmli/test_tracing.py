@@ -68,19 +68,11 @@ def test_make_fx_records_scores_losses_and_their_gradients(kind, mode):
 
 
 @pytest.mark.slow
-def test_a_module_with_the_op_compiles_without_a_break():
-    module = Scores()
+@pytest.mark.parametrize("kind, without_a_break", [(Scores, True), (Loss, False)])
+def test_a_compiled_module_computes_and_trains(kind, without_a_break):
+    module = kind()
     torch._dynamo.reset()
-    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
-    weight = module.projection.weight
-    assert_close(with_gradient(compiled, weight), with_gradient(module, weight))
-
-
-@pytest.mark.slow
-def test_a_compiled_model_trains_with_the_loss():
-    module = Loss()
-    torch._dynamo.reset()
-    compiled = torch.compile(module, backend="aot_eager")
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=without_a_break)
     weight = module.projection.weight
     assert_close(with_gradient(compiled, weight), with_gradient(module, weight))
 

@@ -1,8 +1,6 @@
 """The losses of a training step against the equations in loops; (7), (9) and (10) by hand."""
 
 import json
-import math
-from itertools import product
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from ds_cmli.config.schema import LossConfig
 from ds_cmli.losses.target_cmli import Features, TargetCMLI, WidthHead, match_patches
 from ds_cmli.models.student import Targets
 from tests import make
-from tests.cmli.cases import reference_scores
+from tests.cmli.cases import reference_loss, reference_scores
 
 CAPTIONS = ("two words", "two words", "a red square beside a blue circle", "one", "the sky is green here")
 LOSSES = ("global", "cmli", "target_cmli", "cls_kd", "global_sigmoid", "cmli_sigmoid")
@@ -47,28 +45,7 @@ class Pairs:
         self.teacher_cls, self.teacher = targets.cls.double(), list(targets.patches.double())
         self.project = lambda f: F.normalize(student.projection(f.float()).double(), dim=-1)
         self.cmli = reference_scores(self.project(patches), self.project(tokens), batch.token_mask)
-        self.count = len(self.tokens)
-
-    def cosines(self) -> Tensor:
-        return F.normalize(self.cls, dim=-1) @ F.normalize(self.text_cls, dim=-1).t()
-
-    def contrast(self, rows: Tensor, columns: Tensor, temperature: float) -> float:
-        """Other pairs with the same caption are no negatives."""
-        total = 0.0
-        for n, text in enumerate(CAPTIONS):
-            others = [m for m, other in enumerate(CAPTIONS) if m == n or other != text]
-            for s in (rows[n], columns[:, n]):
-                logits = s[others] / temperature
-                total += (logits.logsumexp(0) - s[n] / temperature).item()
-        return total / 2 / self.count
-
-    def sigmoid(self, s: Tensor, temperature: float, bias: float) -> float:
-        """Pairs with the same caption are positives."""
-        total = 0.0
-        for n, m in product(range(self.count), repeat=2):
-            z = 1 if CAPTIONS[n] == CAPTIONS[m] else -1
-            total += math.log1p(math.exp(-z * (s[n, m].item() / temperature + bias)))
-        return total / self.count
+        self.cosines = [F.normalize(self.cls, dim=-1) @ F.normalize(self.text_cls, dim=-1).t()] * 2
 
     def target_cmli(self) -> float:
         """(5) to (10)."""
@@ -77,19 +54,23 @@ class Pairs:
             image += (patches - teacher).square().mean().item()
             match = (self.project(tokens) @ self.project(teacher).t()).argmax(1)
             text += (tokens - teacher[match]).square().mean().item()
-        return (image + text) / self.count / 2
+        return (image + text) / len(self.tokens) / 2
 
     def expected(self) -> dict[str, float]:
-        s_i2t, s_t2i = self.cmli
-        of_cls = sum((x - self.teacher_cls).square().mean().item() for x in (self.cls, self.text_cls)) / 2
-        sigmoids = self.sigmoid(s_i2t, 0.02, -14.0) + self.sigmoid(s_t2i, 0.02, -14.0)
+        """Pairs with the same caption are no negatives, and positives of the sigmoid losses."""
+        duplicates = torch.tensor([[one == other for other in CAPTIONS] for one in CAPTIONS])
+        duplicates.fill_diagonal_(False)
+
+        def loss(scores: tuple[Tensor, Tensor], temperature: float, *bias: float) -> float:
+            return reference_loss(*scores, torch.tensor([1 / temperature, *bias]), duplicates).item()
+
         return {
-            "global": self.contrast(self.cosines(), self.cosines(), 0.07),
-            "cmli": self.contrast(s_i2t, s_t2i, 0.02),
+            "global": loss(self.cosines, 0.07),
+            "cmli": loss(self.cmli, 0.02),
             "target_cmli": self.target_cmli(),
-            "cls_kd": of_cls,
-            "global_sigmoid": self.sigmoid(self.cosines(), 0.1, -10.0),
-            "cmli_sigmoid": sigmoids / 2,
+            "cls_kd": sum((x - self.teacher_cls).square().mean().item() for x in (self.cls, self.text_cls)) / 2,
+            "global_sigmoid": loss(self.cosines, 0.1, -10.0),
+            "cmli_sigmoid": loss(self.cmli, 0.02, -14.0),
         }
 
 
