@@ -5,6 +5,7 @@ import json
 import sys
 from contextlib import redirect_stdout
 from itertools import product
+from unittest import mock
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -12,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ds_cmli import train
 from ds_cmli.commands import exit_code
 from ds_cmli.evaluate import __main__ as evaluate
+from ds_cmli.faults.watchdog import Watchdog
 from tests import make
 from tests.checkpoint.runs import assert_same
 from tests.make import lines, small, weights
@@ -24,8 +26,10 @@ TINY = small({"--steps": 4}, {"run.match_maps": 2})
 def finished(tmp_path_factory):
     """A run of four steps, and what it has printed."""
     folder = tmp_path_factory.mktemp("run")
-    with redirect_stdout(io.StringIO()) as out:
+    with redirect_stdout(io.StringIO()) as out, mock.patch.object(Watchdog, "heartbeat", autospec=True) as heartbeat:
         assert make.train(*TINY, "--output-dir", str(folder)) == 0
+    steps_done = [call.args[1] for call in heartbeat.call_args_list if len(call.args) > 1]
+    assert steps_done == [0, 1, 2, 3]  # as the watchdog reports of a rank that hangs
     return folder, out.getvalue()
 
 

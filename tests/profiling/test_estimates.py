@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from profiling.memory.estimates import DOCUMENT, Setting, arithmetic, claims
 from profiling.memory.implementations import (
     broadcast_match,
     broadcast_scores,
+    cuda_sizes,
     implementations,
     materialised_match,
     predict,
@@ -58,6 +60,22 @@ def test_scores_and_gradients_are_the_reference_s(scores):
         out = function(image, text, mask)
         results.append([*out, *torch.autograd.grad(out, (image, text), upstream)])
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+def test_a_gpus_bytes_are_the_requested_ones_of_the_call(monkeypatch):
+    """By a history that names other actions too, of the second GPU."""
+    calls = []
+    sizes = {"alloc": 500, "segment_alloc": 2**20, "free_requested": 300, "free_completed": 300}
+    trace = [{"action": action, "size": size} for action, size in sizes.items()]
+    history = SimpleNamespace(
+        _record_memory_history=lambda enabled="all", **_: calls.append(enabled),
+        _snapshot=lambda: {"device_traces": [[], trace]},
+    )
+    monkeypatch.setattr(torch.cuda, "memory", history)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("finished"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert cuda_sizes(lambda: calls.append("called")) == [500, -300]
+    assert calls == ["all", "called", "finished", None]
 
 
 def test_matches_and_global_losses_agree():
