@@ -82,10 +82,8 @@ class EMA:
     def _exchange(self) -> None:
         """Swap averages and master weights, in chunks: a third copy may have no room."""
         for average, master in zip(self.averages, master_weights(self.engine), strict=True):
-            rows = max(1, CHUNK * len(torch.atleast_1d(average)) // max(1, average.numel()))
-            averages = torch.atleast_1d(average).split(rows)
-            masters = torch.atleast_1d(master).split(rows)
-            for average_part, master_part in zip(averages, masters, strict=True):
+            parts = zip(average.view(-1).split(CHUNK), master.view(-1).split(CHUNK), strict=True)
+            for average_part, master_part in parts:
                 kept = average_part.clone()
                 average_part.copy_(master_part)
                 master_part.copy_(kept)
