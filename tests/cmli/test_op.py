@@ -106,17 +106,24 @@ def test_what_does_not_fit_is_one_line(arguments, reason):
     assert "\n" not in str(raised.value)
 
 
-def test_kernels_that_do_not_run_are_replaced_with_a_warning_or_refused(monkeypatch, tmp_path):
-    monkeypatch.setenv("CXX", "/nowhere/g++")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+@pytest.mark.parametrize("compiles", [False, True], ids=["no compiler", "the compiler fails"])
+def test_kernels_that_do_not_run_are_replaced_with_a_warning_or_refused(monkeypatch, tmp_path, compiles):
+    compiler = tmp_path / "g++"
+    reason = "No such file or directory: .*/g[+][+]"
+    if compiles:
+        compiler.write_text("#!/bin/sh\necho 'x.cpp:1:2: error: no such header' >&2\nexit 1\n")
+        compiler.chmod(0o755)
+        reason = "/g[+][+] failed with exit code 1: x.cpp:1:2: error: no such header"
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("DS_CMLI_CACHE", str(tmp_path))
     cached = (cpu.load_kernels, op.why_not_cpu, op._warn)
     for function in cached:
         function.cache_clear()
     try:
         expected = cmli_scores(IMAGE, TEXT, MASK, backend="torch")
-        with pytest.warns(UserWarning, match="without kernels, and slower.*nowhere"):
+        with pytest.warns(UserWarning, match=f"without kernels, and slower: .*{reason}"):
             assert all(map(torch.equal, cmli_scores(IMAGE, TEXT, MASK), expected))
-        with pytest.raises(RuntimeError, match="backend='cpu' does not run here"):
+        with pytest.raises(RuntimeError, match=f"backend='cpu' does not run here: .*{reason}"):
             cmli_scores(IMAGE, TEXT, MASK, backend="cpu")
     finally:
         for function in cached:

@@ -10,7 +10,6 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ds_cmli import engine
-from ds_cmli.cmli import cpu as cpu_kernels
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.pairs import Batch
@@ -103,63 +102,47 @@ def test_bf16_is_fast_where_the_processor_has_it_and_onednn_may_use_it(monkeypat
     assert bf16_is_fast() == bool(FAST and level in ("AVX512_CORE_BF16", None))
 
 
-@pytest.mark.parametrize("reason, backend", [(None, "triton"), ("Failed to find C compiler.", "torch")])
-def test_a_gpu_without_triton_takes_pytorchs_operators_and_a_line_says_why(monkeypatch, capsys, reason, backend):
+@pytest.mark.parametrize(
+    "device, reason, backend, kernels",
+    [
+        ("cuda", None, "triton", ""),
+        ("cuda", "Failed to find C compiler.", "torch", "Triton does"),
+        ("cpu", None, "auto", ""),
+        ("cpu", "no compiler", "auto", "the C++ kernels do"),  # the op chooses
+    ],
+)
+def test_the_backend_is_the_devices_and_a_line_says_why_its_kernels_do_not_run(
+    monkeypatch, capsys, device, reason, backend, kernels
+):
     tried = []
-
-    def why_not_triton(*sizes):
-        tried.append(sizes)
-        return reason
-
-    monkeypatch.setattr(plan, "why_not_triton", why_not_triton)
-    gpu = torch.device("cuda")
+    monkeypatch.setattr(plan, "why_not_triton", lambda *sizes: tried.append(sizes) or reason)
+    monkeypatch.setattr(plan, "why_not_cpu", lambda: reason)
     config = load_preset("tiny", {})
 
-    chosen = engine.with_backend(config, DeepSpeedConfig.of(ZERO1), gpu)
+    chosen = engine.with_backend(config, DeepSpeedConfig.of(ZERO1), torch.device(device))
 
     assert chosen.loss.cmli_backend == backend
     # Images of 256 patches take the largest tiles.
-    assert tried == [(gpu, torch.float32, 256, config.data.context_length, config.student.embed_dim)]
-    lines = capsys.readouterr().out.splitlines()
-    if reason is None:
-        assert lines == []
-    else:
-        (line,) = lines
-        assert line.startswith("Triton does not run, the all-pairs losses take PyTorch's")
-        assert line.endswith(f"which are slower: {reason}")
-
-
-def test_a_cpu_whose_compiler_fails_takes_pytorchs_operators_and_a_line_has_its_message(monkeypatch, capsys, tmp_path):
-    compiler = tmp_path / "g++"
-    compiler.write_text("#!/bin/sh\necho 'x.cpp:1:2: error: no such header' >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setenv("DS_CMLI_CACHE", str(tmp_path))
-    cached = (cpu_kernels.load_kernels, plan.why_not_cpu)
-    for function in cached:
-        function.cache_clear()
-    config = load_preset("tiny", {})
-    demanding = load_preset("tiny", {"loss": {"cmli_backend": "cpu"}})
-    json = DeepSpeedConfig.of(ZERO1)
-    try:
-        assert engine.with_backend(config, json, torch.device("cpu")) == config
-        (line,) = capsys.readouterr().out.splitlines()
-        assert line.startswith("the C++ kernels do not run, the all-pairs losses take PyTorch's")
-        assert "failed with exit code 1: x.cpp:1:2: error: no such header" in line
-        with pytest.raises(UserError, match=r"'cpu', which does not run \(.*no such header\): give 'auto' or 'torch'"):
-            engine.with_backend(demanding, json, torch.device("cpu"))
-    finally:
-        for function in cached:
-            function.cache_clear()
+    largest = (torch.device("cuda"), torch.float32, 256, config.data.context_length, config.student.embed_dim)
+    assert tried == ([largest] if device == "cuda" else [])
+    line = f"{kernels} not run, the all-pairs losses take PyTorch's operators, which are slower: {reason}\n"
+    assert capsys.readouterr().out == ("" if reason is None else line)
 
 
 @pytest.mark.parametrize(
-    "backend, device, reason", [("triton", "cpu", "there is no GPU"), ("cpu", "cuda", "are computed on a GPU")]
+    "backend, device, reason",
+    [
+        ("triton", "cpu", "there is no GPU"),
+        ("cpu", "cuda", "the losses are computed on a GPU"),
+        ("cpu", "cpu", "no compiler"),
+        ("triton", "cuda", "no compiler"),
+    ],
 )
-def test_kernels_of_another_device_are_refused(monkeypatch, backend, device, reason):
-    monkeypatch.setattr(plan, "why_not_triton", lambda *_: None)
+def test_kernels_that_do_not_run_are_refused(monkeypatch, backend, device, reason):
+    monkeypatch.setattr(plan, "why_not_triton", lambda *_: "no compiler")
+    monkeypatch.setattr(plan, "why_not_cpu", lambda: "no compiler")
     config = load_preset("tiny", {"loss": {"cmli_backend": backend}})
-    with pytest.raises(UserError, match=f"cmli_backend is '{backend}', which does not run .*{reason}"):
+    with pytest.raises(UserError, match=rf"is '{backend}', which does not run \({reason}\): give 'auto' or 'torch'"):
         engine.with_backend(config, DeepSpeedConfig.of(ZERO1), torch.device(device))
 
 
