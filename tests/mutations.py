@@ -69,10 +69,10 @@ ROWS = (
     ("op-cpu-mean", "cmli/cpu.cpp", EQUATIONS, "sum(maxima.patch_max, M) / M;", "sum(maxima.patch_max, M) / text.P;"),
     ("op-cpu-weight", "cmli/cpu.cpp", EQUATIONS,
      "patch, d_i2t / N};", "patch, d_i2t / M};"),
-    ("op-triton-tie", "cmli/triton_forward.py", OP + "test_triton_interpreted",
+    ("op-triton-tie", "cmli/triton_forward.py", "cmli/test_triton.py::test_triton_interpreted",
      "tl.min(tl.where(over_m == row[:, None], m[None, :], NO_INDEX), 1)",
      "tl.max(tl.where(over_m == row[:, None], m[None, :], -1), 1)"),
-    ("op-triton-mask", "cmli/triton_forward.py", OP + "test_triton_interpreted",
+    ("op-triton-mask", "cmli/triton_forward.py", "cmli/test_triton.py::test_triton_interpreted",
      "over_m = tl.where(m_ok[None, :], s, LOW)", "over_m = tl.where(m_inside[None, :], s, LOW)"),
     # The losses: columns of the wrong scores, a temperature that sticks, equal captions as negatives.
     ("loss-columns", "cmli/pair_function.py", RANKS,

@@ -1,8 +1,5 @@
 """The all-pairs op by hand, and its backends on random cases against the fp64 reference."""
 
-import os
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -61,15 +58,6 @@ def test_16_bit_products_are_summed_in_fp32(scores, dtype):
     _, s_t2i = scores(image, text, one, one.expand(1, 2))
     assert s_t2i.dtype == torch.float32
     assert s_t2i.item() == 257.0
-
-
-def test_triton_interpreted():
-    """In a process of its own: a variable must be set before triton is imported. Races of threads it does not show."""
-    pytest.importorskip("triton")
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.cmli.interpreted", *"01234567"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("backend, threads", [("cpu", (1, 1, 2)), ("torch", (1, 1))])

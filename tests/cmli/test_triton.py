@@ -1,10 +1,12 @@
-"""The Triton kernels compiled for GPUs that need not be there: registers do not spill, 16-bit runs on tensor cores.
+"""The Triton kernels interpreted, and compiled for GPUs that need not be there: no registers spill, tensor cores.
 
 The sizes are the source document's, N=196, M=64, D=256, but for M: the longest caption of a batch rarely has 64 tokens.
 """
 
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,6 +68,14 @@ def spilled(kernel, file: Path) -> int:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     usage = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True)
     return sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage.stdout + usage.stderr)))
+
+
+def test_triton_interpreted():
+    """In a process of its own: a variable must be set before triton is imported. Races of threads it does not show."""
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.cmli.interpreted", *"01234567"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("target, dtype", CASES)
