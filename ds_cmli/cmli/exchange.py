@@ -119,7 +119,7 @@ def sum_to_owner(
         if mask is not None:
             rows = _pack(d_texts, mask, num_ranks(), sizes.num_rows)
         part = rows.new_empty((len(rows) // num_ranks(), *rows.shape[1:]))
-        _reduce_scatter(part, rows)
+        _reduce_scatter(part, rows)  # collective
         if token_mask is None:
             return part
         d_text = part[_row_numbers(token_mask, 1, sizes.num_rows)]

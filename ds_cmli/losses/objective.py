@@ -61,8 +61,10 @@ class Objective(nn.Module):
             pair_gradients: the gradients of these features, if the losses over pairs have been
                 computed before; backward then uses them, multiplied by `factor`.
         """
-        encoded = self.student(batch.image, batch.input_ids, batch.attention_mask, batch.padded)
-        features = Features(*encoded, batch.token_mask)
+        image_cls, patches, text_cls, tokens = self.student(
+            batch.image, batch.input_ids, batch.attention_mask, batch.padded
+        )
+        features = Features(image_cls, patches, text_cls, tokens, batch.token_mask)
         pairs = self._pair_features(features, batch)
         if embed:
             # A class token is a view of its sequence: without a copy it would keep the sequence.
