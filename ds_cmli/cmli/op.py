@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import cpu, fallback
 from .sides import (
     Sides,
     TensorPair,
@@ -111,10 +112,11 @@ def score_pairs(
     """
     sides = Sides(image, text, token_mask, patch_mask)
     kernels = choose_kernels(sides, backend)
-    scores, argmax = _empty_results(image, text, keep_argmax)
+    s_i2t, s_t2i, token_argmax, patch_argmax = _empty_results(*sides, backend, keep_argmax)
+    argmax = (token_argmax, patch_argmax) if keep_argmax else None
     with full_precision(image.device):
-        kernels.forward(sides, scores, argmax if keep_argmax else None)
-    return *scores, *argmax
+        kernels.forward(sides, (s_i2t, s_t2i), argmax)
+    return s_i2t, s_t2i, token_argmax, patch_argmax
 
 
 def add_feature_gradients(
@@ -138,7 +140,7 @@ def add_feature_gradients(
         kernels.backward(sides, d_scores, (token_argmax, patch_argmax), (d_image, d_text))
 
 
-def _empty_results(image: Tensor, text: Tensor, keep_argmax: bool) -> tuple[TensorPair, TensorPair]:
+def _empty_results(image, text, token_mask, patch_mask, backend, keep_argmax):
     num_images, num_patches, _ = image.shape
     num_texts, num_tokens, _ = text.shape
     # They are zeros, because kernels write no scores of empty texts.
@@ -151,12 +153,7 @@ def _empty_results(image: Tensor, text: Tensor, keep_argmax: bool) -> tuple[Tens
     patch_argmax = image.new_empty(
         kept_images, num_texts, num_tokens, dtype=index_dtype(num_patches)
     )
-    return (s_i2t, s_t2i), (token_argmax, patch_argmax)
-
-
-def _fake_scores(image, text, token_mask, patch_mask, backend, keep_argmax):
-    scores, argmax = _empty_results(image, text, keep_argmax)
-    return *scores, *argmax
+    return s_i2t, s_t2i, token_argmax, patch_argmax
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -200,7 +197,7 @@ def refuse_second_derivative() -> None:
 # `torch.library.custom_op` does the same, but its first call imports torch._dynamo: seconds.
 torch.library.define("ds_cmli::scores", torch.library.infer_schema(score_pairs, mutates_args=()))
 torch.library.impl("ds_cmli::scores", "default", score_pairs)
-torch.library.register_fake("ds_cmli::scores", _fake_scores)
+torch.library.register_fake("ds_cmli::scores", _empty_results)
 torch.library.register_autograd(
     "ds_cmli::scores", _scores_backward, setup_context=_save_for_backward
 )
@@ -250,8 +247,6 @@ def _kernels_named(name: str) -> Kernels:
         from . import triton_backward, triton_forward
 
         return Kernels(triton_forward.forward, triton_backward.backward)
-    from . import cpu, fallback
-
     module = cpu if name == "cpu" else fallback
     return Kernels(module.forward, module.backward)
 
@@ -264,8 +259,6 @@ def _warn(reason: str) -> None:
 @functools.cache
 def why_not_cpu() -> str | None:
     """Return why the C++ kernels do not run, in one line with the compiler's message, or None."""
-    from . import cpu
-
     try:
         cpu.load_kernels()
     except subprocess.CalledProcessError as error:
@@ -295,10 +288,10 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, N: int, M: int, D: 
     d_sides = zero_gradient(image), zero_gradient(text)
     kernels = _kernels_named("triton")
     try:
-        scores, argmax = _empty_results(image, text, keep_argmax=True)
+        s_i2t, s_t2i, *argmax = _empty_results(*sides, "triton", keep_argmax=True)
         with full_precision(device):
-            kernels.forward(sides, scores, argmax)
-            kernels.backward(sides, scores, argmax, d_sides)
+            kernels.forward(sides, (s_i2t, s_t2i), argmax)
+            kernels.backward(sides, (s_i2t, s_t2i), argmax, d_sides)
         torch.cuda.synchronize(device)  # raises what failed while it ran
     except torch.OutOfMemoryError:
         raise

@@ -71,16 +71,6 @@ def squared_distance(x: Tensor, y: Tensor, reduction: str) -> Tensor:
     return square.mean(-1) if reduction == "mean" else square.sum(-1)
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Average [B, M] over the valid positions of each row, then over rows; empty rows give 0.
-
-    Args:
-        mask: bool [B, M], True = valid.
-    """
-    count = mask.sum(1).clamp(min=1)
-    return ((values * mask).sum(1) / count).mean()
-
-
 def target_image_loss(
     student_patches: Tensor, teacher_patches: Tensor, reduction: str = "mean"
 ) -> Tensor:
@@ -98,7 +88,7 @@ def target_text_loss(
     """Regress each valid token on the teacher's feature at its match: equation (9).
 
     The document writes (9) as a mean over k = 1..N although k counts text tokens. Here it is the
-    mean over the M_j valid tokens of each text.
+    mean over the M_j valid tokens of each text, 0 without any, and then over texts.
 
     Args:
         student_tokens: [B, M, H].
@@ -109,7 +99,9 @@ def target_text_loss(
     """
     index = match[:, :, None].expand(-1, -1, teacher_patches.shape[2])
     targets = teacher_patches.gather(1, index)  # [B, M, H]
-    return masked_mean(squared_distance(student_tokens, targets, reduction), token_mask)
+    distance = squared_distance(student_tokens, targets, reduction)
+    count = token_mask.sum(1).clamp(min=1)
+    return ((distance * token_mask).sum(1) / count).mean()
 
 
 class TargetCMLI(nn.Module):
