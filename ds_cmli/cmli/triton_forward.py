@@ -171,7 +171,7 @@ def tile_list(
     slots: int,
     unit: int = 1,
     start: Tensor | None = None,
-    after: int = 0,
+    end_code: int = 0,
 ) -> TileList:
     """List the tiles of each sequence.
 
@@ -179,7 +179,7 @@ def tile_list(
         counts: [X], tiles of each sequence, at most `max_count`.
         unit: places from one tile of a sequence to the next.
         start: [X], the place of a sequence's first tile; None: 0.
-        after: the code beyond the last tile.
+        end_code: the code beyond the last tile.
     """
     first = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
     bound = len(counts) * max_count
@@ -190,7 +190,7 @@ def tile_list(
     if start is not None:
         place = start[clamped] + place
     code = clamped * slots + place
-    return TileList(torch.where(sequence < len(counts), code, after).int(), first, slots)
+    return TileList(torch.where(sequence < len(counts), code, end_code).int(), first, slots)
 
 
 def text_tiles(ends: Tensor, longest: int, widths: tuple[int, ...]) -> list[TileList]:
@@ -205,7 +205,7 @@ def text_tiles(ends: Tensor, longest: int, widths: tuple[int, ...]) -> list[Tile
         max_count = -(-longest // width) if is_last else 1
         takes_width = ends > shorter if is_last else (ends > shorter) & (ends <= width)
         counts = torch.where(takes_width, (ends + width - 1) // width, 0)
-        lists.append(tile_list(counts, max_count, max_count, after=len(ends) * max_count))
+        lists.append(tile_list(counts, max_count, max_count, end_code=len(ends) * max_count))
         shorter = width
     return lists
 
@@ -377,7 +377,8 @@ def combine_kernel(
 
     row_sum is [I, BLOCKS, J], column_max and column_arg [I, BLOCKS, J, M]."""
     pair = tl.program_id(0).to(tl.int64)
-    i, j = pair // J, pair % J
+    i = pair // J
+    j = pair % J
     m_count = tl.load(text_count + j)
     n_count = tl.load(image_count + i)
     if m_count == 0:

@@ -88,10 +88,10 @@ def starting_line(settings: StudentConfig, objective: Objective, image_size: int
     """Return the line that says what a student with a source starts from."""
     student = objective.student
     source_config = settings.source_config
-    kind = source_config.get("model_type", "a run of this package")
-    (kind, *_) = source_config.get("architectures") or [kind]
+    model_type = source_config.get("model_type", "a run of this package")
+    architecture, *_ = source_config.get("architectures") or [model_type]
     layers = f"{len(student.image.blocks)} + {len(student.text.blocks)} layers"
-    line = f"starts from {settings.source}: {kind}, {layers}, {image_size} px"
+    line = f"starts from {settings.source}: {architecture}, {layers}, {image_size} px"
     temperatures = [1 / scale for scale in objective.scales().values() if scale]
     if temperatures:
         line += f", temperature {temperatures[0]:.3f}"

@@ -125,8 +125,8 @@ def choose_backend(config: Config, device: str, why_not: str | None) -> Config:
     backend = config.loss.cmli_backend
     if not compares_tokens(config.loss.weights) or backend == "torch":
         return config
-    of_device = "triton" if device == "cuda" else "cpu"
-    if backend not in ("auto", of_device):
+    device_backend = "triton" if device == "cuda" else "cpu"
+    if backend not in ("auto", device_backend):
         why_not = "there is no GPU" if device == "cpu" else "the losses are computed on a GPU"
     if backend != "auto" and why_not is not None:
         raise UserError(

@@ -131,9 +131,9 @@ class TrainEngine:
         num_duplicates = self.objective.num_duplicates
         if num_duplicates is None:
             num_duplicates = torch.zeros((), device=self.device)
-        in_order = {name: losses[name] for name in self.objective.losses}
+        ordered_losses = {name: losses[name] for name in self.objective.losses}
         duplicates = num_duplicates.float() / num_compared
-        return MicroBatchLosses(sample_index, total.detach(), in_order, duplicates)
+        return MicroBatchLosses(sample_index, total.detach(), ordered_losses, duplicates)
 
     def _targets(self, batch: Batch) -> Targets | None:
         if self.teacher is None:

@@ -97,7 +97,8 @@ def check(rank, ranks, layouts):
             expected = {n: DECAY * expected[n] + (1 - DECAY) * x for n, x in weights_of(trained).items()}
         with trained.ema.as_master_weights():
             averages = weights_of(trained)
-        live, features = weights_of(trained), embedded(trained, batches[0])
+        live = weights_of(trained)
+        features = embedded(trained, batches[0])
         for n, x in expected.items():
             torch.testing.assert_close(averages[n], x, rtol=1e-6, atol=1e-8, msg=f"{layout}: {n}")
         assert any((averages[n] - x).abs().max() > 1e-3 for n, x in live.items()), layout

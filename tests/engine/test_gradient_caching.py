@@ -22,17 +22,18 @@ def trained(device, micro_batch, accumulation, zero, dropout=0.0, weights=WEIGHT
     return make.train_engine(device, content, **sections)
 
 
-def largest_difference(ours, theirs) -> float:
+def largest_difference(gradients, expected) -> float:
     """Of gradients; below 1e-6 of the whole there is nothing to be relative to: a key's bias has but rounding."""
-    whole = torch.stack([g.norm() for g in theirs.values()]).norm()
-    return max(((ours[n] - g).norm() / max(g.norm(), 1e-6 * whole)).item() for n, g in theirs.items())
+    whole = torch.stack([g.norm() for g in expected.values()]).norm()
+    return max(((gradients[n] - g).norm() / max(g.norm(), 1e-6 * whole)).item() for n, g in expected.items())
 
 
-def of_two_steps(data, size):
+def batches_of_two_steps(data, size):
     """Batches of 64 pairs; of each 32 some have one picture, and two one caption, in other micro-batches too."""
     batches = make.batches(data, size, 64 // size)
     ids = torch.cat([batch.pair_id for batch in batches]).view(2, 32, 2)
-    ids[:, [3, 30], 0], ids[:, 17, 1] = ids[:, :1, 0], ids[:, 9, 1]
+    ids[:, [3, 30], 0] = ids[:, :1, 0]
+    ids[:, 17, 1] = ids[:, 9, 1]
     for batch, part in zip(batches, ids.view(64, 2).split(size), strict=True):
         batch.pair_id.copy_(part)
     return batches
@@ -41,13 +42,13 @@ def of_two_steps(data, size):
 @pytest.fixture(scope="module")
 def in_one_piece(device, data):
     one = trained(device, 32, 1, {"stage": 2})
-    return [make.gradients(one, [batch]) for batch in of_two_steps(data, 32)]
+    return [make.gradients(one, [batch]) for batch in batches_of_two_steps(data, 32)]
 
 
 @pytest.mark.parametrize("zero", [{"stage": 2}, {"stage": 1, **OFFLOAD}, {"stage": 3, **NOTHING_KEPT}])
 def test_losses_and_gradients_are_those_of_one_piece(device, data, in_one_piece, zero):
     several = trained(device, 8, 4, zero, json={"activation_checkpointing": {}})
-    parts = of_two_steps(data, 8)
+    parts = batches_of_two_steps(data, 8)
     for step, whole in enumerate(in_one_piece):
         ours = make.gradients(several, parts[4 * step : 4 * step + 4])
         assert ours[0] == pytest.approx(whole[0], rel=2e-5, abs=1e-7)
@@ -58,7 +59,8 @@ def test_without_it_each_micro_batch_has_its_own_negatives(device, data):
     plain = trained(device, 8, 2, {"stage": 2}, negatives="micro_batch", weights={"global": 1.0})
     alone = trained(device, 8, 1, {"stage": 2}, weights={"global": 1.0})
     batches = make.batches(data, 8, 2)
-    (first, _), (expected,) = plain.step(batches), alone.step(batches[:1])
+    first, _ = plain.step(batches)
+    (expected,) = alone.step(batches[:1])
     torch.testing.assert_close(first.total, expected.total)
 
 
@@ -72,14 +74,14 @@ def test_micro_batches_draw_the_same_dropout_again(device, data, json):
     torch.manual_seed(3)
     x, y = zip(*(student(of.image, of.input_ids, of.attention_mask)[::2] for of in parts), strict=True)
     logits = F.normalize(torch.cat(x), dim=-1) @ F.normalize(torch.cat(y), dim=-1).t() / 0.07
-    own = torch.arange(8)
-    expected = (F.cross_entropy(logits, own) + F.cross_entropy(logits.t(), own)) / 2
+    positives = torch.arange(8)
+    expected = (F.cross_entropy(logits, positives) + F.cross_entropy(logits.t(), positives)) / 2
     expected.backward()
     torch.manual_seed(3)
     losses, gradients = make.gradients(several, parts)
     assert losses["global"] == pytest.approx(expected.item(), rel=1e-4)
-    of_student = {f"student.{name}": p.grad for name, p in student.named_parameters() if p.grad is not None}
-    assert largest_difference(gradients, of_student) < 1e-3
+    expected_gradients = {f"student.{name}": p.grad for name, p in student.named_parameters() if p.grad is not None}
+    assert largest_difference(gradients, expected_gradients) < 1e-3
 
 
 def test_in_fp16_the_gradients_are_those_of_fp32_and_an_overflow_skips_the_step(device, data, fp16_device):

@@ -59,13 +59,15 @@ def test_the_flops_of_a_step_are_those_of_its_model(monkeypatch, device, batches
     monkeypatch.setattr(meter_module, "peak_flops", lambda *_: 1e6)
     json = {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": accumulation, **section}
     ours = {"student": {"shared_blocks": 0}, "loss": {"weights": {"cmli": 1.0}}}
-    train_engine, micro_batches = make.train_engine(device, json, **ours), batches[:accumulation]
+    train_engine = make.train_engine(device, json, **ours)
+    micro_batches = batches[:accumulation]
     meter = meter_module.Meter(train_engine)
     # PyTorch's counter does not know the attention of CPUs.
     with meter.step(micro_batches), sdpa_kernel(SDPBackend.MATH):
         train_engine.step(micro_batches)
     N, H, D = 16, 32, 16  # patches of 14 x 14 pixels
-    B, positions = len(batches[0].index), sum(batch.input_ids.shape[1] for batch in micro_batches)
+    B = len(batches[0].index)
+    positions = sum(batch.input_ids.shape[1] for batch in micro_batches)
 
     def layer(L, width):  # queries, keys, values and output, the MLP, scores and their values
         return 4 * L * H * H + 2 * L * H * width + 2 * L * L * H

@@ -38,14 +38,17 @@ class Pairs:
     @torch.no_grad()
     def __init__(self, engine, batch):
         student = engine.objective.student
-        x, patches, y, tokens = student(batch.image, batch.input_ids, batch.attention_mask)
+        image_cls, patches, text_cls, tokens = student(batch.image, batch.input_ids, batch.attention_mask)
         targets = engine.teacher(batch.image)
-        self.cls, self.text_cls, self.patches = x.double(), y.double(), list(patches.double())
+        self.image_cls = image_cls.double()
+        self.text_cls = text_cls.double()
+        self.patches = list(patches.double())
         self.tokens = [t[mask].double() for t, mask in zip(tokens, batch.token_mask, strict=True)]
-        self.teacher_cls, self.teacher = targets.cls.double(), list(targets.patches.double())
+        self.teacher_cls = targets.cls.double()
+        self.teacher = list(targets.patches.double())
         self.project = lambda f: F.normalize(student.projection(f.float()).double(), dim=-1)
         self.cmli = reference_scores(self.project(patches), self.project(tokens), batch.token_mask)
-        self.cosines = [F.normalize(self.cls, dim=-1) @ F.normalize(self.text_cls, dim=-1).t()] * 2
+        self.cosines = [F.normalize(self.image_cls, dim=-1) @ F.normalize(self.text_cls, dim=-1).t()] * 2
 
     def target_cmli(self) -> float:
         """(5) to (10)."""
@@ -68,7 +71,7 @@ class Pairs:
             "global": loss(self.cosines, 0.07),
             "cmli": loss(self.cmli, 0.02),
             "target_cmli": self.target_cmli(),
-            "cls_kd": sum((x - self.teacher_cls).square().mean().item() for x in (self.cls, self.text_cls)) / 2,
+            "cls_kd": sum((x - self.teacher_cls).square().mean().item() for x in (self.image_cls, self.text_cls)) / 2,
             "global_sigmoid": loss(self.cosines, 0.1, -10.0),
             "cmli_sigmoid": loss(self.cmli, 0.02, -14.0),
         }
@@ -128,14 +131,14 @@ def test_each_token_matches_its_most_similar_patch_and_a_tie_the_first():
 
 
 @pytest.mark.parametrize("reduction, H", [("mean", 2), ("sum", 1)])
-@pytest.mark.parametrize("of_image, of_text", [(1.0, 1.0), (0.5, 4.0), (0.0, 2.0)])
-def test_target_cmli_by_hand(reduction, H, of_image, of_text):
+@pytest.mark.parametrize("image_weight, text_weight", [(1.0, 1.0), (0.5, 4.0), (0.0, 2.0)])
+def test_target_cmli_by_hand(reduction, H, image_weight, text_weight):
     # (7): squared distances of the patches are 4, 0, 4 and 0, 0, 16.
     image = ((4 + 0 + 4) / 3 + (0 + 0 + 16) / 3) / 2 / H
     # (9): of tokens and their matches 4 and 2, a mean over two tokens; and 4, over one.
     text = ((4 + 2) / 2 + 4) / 2 / H
-    settings = {"target_image_weight": of_image, "target_text_weight": of_text, "mse_reduction": reduction}
-    assert by_hand(**settings) == pytest.approx((of_image * image + of_text * text) / 2)
+    settings = {"target_image_weight": image_weight, "target_text_weight": text_weight, "mse_reduction": reduction}
+    assert by_hand(**settings) == pytest.approx((image_weight * image + text_weight * text) / 2)
 
 
 def test_a_wider_teacher_is_reached_by_an_orthonormal_head():
