@@ -12,21 +12,25 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ds_cmli.config.schema import Config
 from ds_cmli.config.source import ModelSource
-from ds_cmli.data.images import View, read_image_file
+from ds_cmli.data.images import Picture, View
 from ds_cmli.errors import UserError
-from ds_cmli.evaluate.embed import Embedding, Evaluator, PaddedTexts, load_evaluator, pad_texts
+from ds_cmli.evaluate.embed import (
+    Embedding,
+    Evaluator,
+    PaddedTexts,
+    PictureFiles,
+    load_evaluator,
+    pad_texts,
+)
 from ds_cmli.scores import BothWays, Match, match
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 SCORED = 256  # images that are scored at a time
-Picture = str | Path | Image.Image | np.ndarray | Tensor
 
 
 @dataclass
@@ -46,25 +50,6 @@ class TextEmbeddings:
     tokens: Tensor  # [J, M, D], without special ones
     token_mask: Tensor  # bool [J, M], False for padding
     texts: list[str]
-
-
-@dataclass
-class Pictures:
-    """Pictures by number, as `Evaluator.images` reads them."""
-
-    pictures: Sequence[Picture]
-    view: View
-
-    def image(self, number: int) -> Tensor:
-        """Prepare a file or an image in memory as in training -> uint8 [3, S, S]."""
-        picture = self.pictures[number]
-        if isinstance(picture, str | Path):
-            return self.view(read_image_file(Path(picture)))
-        return self.view(picture)
-
-    def name(self, number: int) -> str:
-        picture = self.pictures[number]
-        return str(picture if isinstance(picture, str | Path) else number)
 
 
 @dataclass(repr=False)
@@ -100,7 +85,7 @@ class Model:
 
     def read(self, picture: Picture) -> Tensor:
         """Prepare a file or an image in memory as in training -> uint8 [3, S, S]."""
-        return Pictures([picture], View.of(self.config.data)).image(0)
+        return View.of(self.config.data)(picture)
 
     @torch.inference_mode()
     def embed_images(self, pictures: str | Path | Sequence[Picture]) -> ImageEmbeddings:
@@ -112,16 +97,18 @@ class Model:
             pictures = picture_files(Path(pictures))
         if not pictures:
             raise UserError(f"no picture is given: give some, or a folder of {', '.join(SUFFIXES)}")
-        numbered = Pictures(pictures, View.of(self.config.data))
-        numbers = [*range(len(pictures))]
+        names = []
+        for number, picture in enumerate(pictures):
+            names.append(str(picture if isinstance(picture, str | Path) else number))
+        rows = [(picture, None) for picture in pictures]
+        files = PictureFiles(View.of(self.config.data), rows)
         cls_parts = []
         patch_parts = []
-        for _, cls, patches, broken in self.evaluator.images(numbered, numbers):
+        for _, cls, patches, broken in self.evaluator.images(files, [*range(len(rows))]):
             for number, reason in broken.items():
-                raise UserError(f"the picture {numbered.name(number)} cannot be read: {reason}")
+                raise UserError(f"the picture {names[number]} cannot be read: {reason}")
             cls_parts.append(cls.cpu())  # CPU-GPU sync
             patch_parts.append(patches.cpu())
-        names = [*map(numbered.name, numbers)]
         return ImageEmbeddings(torch.cat(cls_parts), torch.cat(patch_parts), names)
 
     @torch.inference_mode()

@@ -31,6 +31,7 @@ FORMATS = list(filter(Image.OPEN.get, ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF
 SHARP = 2  # a JPEG decoded at a reduced scale keeps so many pixels per output pixel along a side
 MAX_FILE_BYTES = 2**30  # of an image; the largest that Pillow decodes has half of it, uncompressed
 Box = tuple[int, int, int, int]  # left, top, right, bottom
+Picture = str | Path | bytes | Image.Image | np.ndarray | Tensor  # a file, its content, or pixels
 
 
 def read_image_file(path: Path) -> bytes:
@@ -72,13 +73,13 @@ class View:
         view = cls(config.image_size, config.resize, config.interpolation)
         return view if seed is None else replace(view, augmentation=config.augmentation, seed=seed)
 
-    def __call__(
-        self, picture: bytes | Image.Image | np.ndarray | Tensor, turn: int = 0, index: int = 0
-    ) -> Tensor:
-        """Show a file's content, or an image in memory, which stays as it is.
+    def __call__(self, picture: Picture, turn: int = 0, index: int = 0) -> Tensor:
+        """Show a picture; one in memory stays as it is.
 
         Decoders raise nearly any exception for damaged data.
         """
+        if isinstance(picture, str | Path):
+            picture = read_image_file(Path(picture))
         if isinstance(picture, bytes):
             try:
                 image: Image.Image = Image.open(io.BytesIO(picture), formats=FORMATS)

@@ -6,7 +6,6 @@ t texts, B pictures of a batch, N patches, M tokens, H hidden size, D embedding 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import score_scales
 from ds_cmli.config.schema import Config, load_config
 from ds_cmli.config.source import RUN, ModelSource, evaluation_config
-from ds_cmli.data.images import View, black, read_image_file
+from ds_cmli.data.images import View, black
 from ds_cmli.data.pairs import NO_TOKEN, Bad, Collate, EvalPairs, Sample, described, loader, told
 from ds_cmli.data.scenes import Scenes
 from ds_cmli.data.shard_cache import ShardError
@@ -53,13 +52,14 @@ class PaddedTexts(NamedTuple):
 
 @dataclass
 class PictureFiles:
-    """Files of pictures, each with a caption or another label."""
+    """Pictures that are no data set's, each with a caption or another label."""
 
     view: View
-    rows: list[tuple[Path, Any]]  # picture and caption of each pair
+    rows: list[tuple[Any, Any]]  # picture, a path or as `View` takes it, and caption of each pair
 
     def image(self, row: int) -> Tensor:
-        return self.view(read_image_file(self.rows[row][0]))
+        picture, _ = self.rows[row]
+        return self.view(picture)
 
     def name(self, row: int) -> str:
         return self.rows[row][0].name

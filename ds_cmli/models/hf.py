@@ -206,7 +206,7 @@ class CMLIProcessor(ProcessorMixin):
         truncation: bool = True,
         return_tensors: str = "pt",
     ) -> BatchFeature:
-        """Prepare one or several pictures (files' content, or in memory), texts, or both.
+        """Prepare one or several pictures (files, their content, or in memory), texts, or both.
 
         Returns:
             `pixel_values` uint8 [I, 3, S, S]; `input_ids` int64 and `attention_mask` bool [J, M].

@@ -84,24 +84,23 @@ def test_positions_are_stretched_as_long_clip_does_it():
         assert_close(result[244 + quarter], table[76] + (table[76] - table[75]) * quarter / 4)
 
 
-CHANGED = {
-    "CLIP": {"image_size": 84, "context_length": 154},
-    "SigLIP": {"image_size": 84},
-    "vit": {"image_size": 84, "context_length": 154},
-    "roberta": {"image_size": 28, "context_length": 80},
-}
-ENDS_OF_LINES = {
-    "CLIP": "; positions: pictures 4 x 4 -> 6 x 6 patches (bicubic), texts 77 -> 154 (the first 20 are kept)",
-    "SigLIP": ": siglip, 2 + 2 layers, 84 px, temperature 0.009; positions: pictures 4 x 4 -> 6 x 6 patches (bicubic)",
-    "vit": "; positions: pictures 4 x 4 -> 6 x 6 patches (bicubic), texts 77 -> 154 (linear)",
-    "roberta": "; positions: pictures 4 x 4 -> 2 x 2 patches (bicubic)",  # its table has 90 places
+LARGER = {"image_size": 84, "context_length": 154}
+# The settings of `data`, and the end of the line that says what a training starts from.
+STARTS = {
+    "CLIP": (LARGER, "pictures 4 x 4 -> 6 x 6 patches (bicubic), texts 77 -> 154 (the first 20 are kept)"),
+    "SigLIP": ({"image_size": 84}, "temperature 0.009; positions: pictures 4 x 4 -> 6 x 6 patches (bicubic)"),
+    "vit": (LARGER, "; positions: pictures 4 x 4 -> 6 x 6 patches (bicubic), texts 77 -> 154 (linear)"),
+    # The table of its texts has 90 places.
+    "roberta": ({"image_size": 28, "context_length": 80}, "; positions: pictures 4 x 4 -> 2 x 2 patches (bicubic)"),
 }
 
 
-@pytest.mark.parametrize("kind", ENDS_OF_LINES)
+@pytest.mark.parametrize("kind", STARTS)
 def test_a_start_says_what_it_loads_and_which_positions_are_resampled(kind, folders):
-    objective, config, _ = start(folders(kind), data=CHANGED[kind])
-    assert starting_line(config.student, objective, config.data.image_size).endswith(ENDS_OF_LINES[kind])
+    data, end = STARTS[kind]
+    objective, config, _ = start(folders(kind), data=data)
+    line = starting_line(config.student, objective, config.data.image_size)
+    assert f", 2 + 2 layers, {data['image_size']} px" in line and line.endswith(end)
 
 
 def test_the_export_of_a_timm_tower_that_open_clip_cannot_build_is_one_line(folders, tmp_path):
@@ -113,9 +112,10 @@ def test_the_export_of_a_timm_tower_that_open_clip_cannot_build_is_one_line(fold
 
 @pytest.mark.slow
 def test_training_starts_at_another_size_and_its_export_starts_another(source, folders, tmp_path, capfd):
-    chosen = {"data.image_size": 84, "data.context_length": 154, "optim.lr": 1e-3}
+    chosen = {**{f"data.{name}": value for name, value in LARGER.items()}, "optim.lr": 1e-3}
     run = train_from(folders("CLIP"), source, tmp_path / "run", 20, chosen, {"zero_optimization": {"stage": 2}})
-    assert ENDS_OF_LINES["CLIP"] in capfd.readouterr().out
+    _, end = STARTS["CLIP"]
+    assert end in capfd.readouterr().out
     losses = [line["loss"] for line in make.lines(run)]
     assert losses[-1] < losses[0]
     config = settings(export(run, tmp_path / "back", "--as", "clip"))
