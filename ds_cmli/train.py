@@ -148,16 +148,16 @@ def train(
 
         # --- the engine
         chosen = engines.with_backend(config, ds_config, device)  # collective
-        after_all = stack.enter_context(contextlib.ExitStack())
+        release = stack.enter_context(contextlib.ExitStack())  # once `out_of_memory` has counted
         built = stack.enter_context(out_of_memory.ending(folder, device, goes_on))
-        tokenizer = data.tokenizer
-        sizes = tokenizer.vocab_size, total_steps, device, tokenizer.pad_id
-        engine = engines.build(chosen, ds_config, *sizes)  # collectives
+        engine = engines.build(  # collectives
+            chosen, ds_config, data.vocab_size, total_steps, device, data.pad_id
+        )
         built.append(engine)
         if goes_on:
-            after_all.callback(engines.release, engine.engine)
+            release.callback(engines.release, engine.engine)
         bad = BadSamples(config.data.max_bad_share, len(data.train))  # type: ignore[arg-type]
-        start.restore(engine, sampler, bad, tokenizer)  # collectives
+        start.restore(engine, sampler, bad, data.tokenizer)  # collectives
         if has_ended:
             return 0, folder
         print_line(engines.counts_line(engine.objective, engine.teacher))

@@ -44,7 +44,8 @@ class Checkpoints:
     saved: tuple[int, bool]  # step and whether it was evaluated, of the last one or of the start
     saved_at: float = field(default_factory=time.monotonic)
     error: str | None = None  # why the last one could not be written
-    frozen: dict[str, str] = field(default_factory=dict)  # name and SHA-256 of the frozen weights
+    # Name and SHA-256 of the weights that are not trained.
+    frozen: dict[str, str | None] = field(default_factory=dict)
 
     def due(self) -> bool:
         """Return True if a checkpoint is due by this rank's clock."""

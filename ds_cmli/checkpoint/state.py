@@ -27,9 +27,7 @@ class TrainState:
     step: int = 0  # optimizer steps done
     evaluated: bool = False  # whether the evaluation that is due at `step` is done
     sampler: dict[str, int] = field(default_factory=dict)  # `GlobalBatchSampler.state_dict`
-    best: dict[str, Any] = field(
-        default_factory=dict
-    )  # `best_result` of evaluate.summary, and sha256
+    best: dict[str, Any] = field(default_factory=dict)  # `summary.best_result`, and its sha256
     worse_in_row: int = 0  # evaluations since the best one
     skipped_in_row: int = 0  # steps skipped because loss or gradients were not finite
     world_size: int = 1
@@ -108,20 +106,19 @@ def read_state(checkpoint: Path) -> TrainState:
 def read_rank_part(checkpoint: Path, num_written: int) -> dict[str, Any]:
     """Return this rank's part of the state, which `num_written` ranks have written.
 
-    On another number of ranks each file is read by one rank, and all get all parts: the mean of
-    `sums` over ranks stays, counts go to rank 0, since only their sum is used, and the generators
-    of a rank that did not exist are as this start seeds them. Collective then.
+    On another number of ranks rank 0 reads all parts: the mean of `sums` over ranks stays, counts
+    go to rank 0, since only their sum is used, and the generators of a rank that did not exist are
+    as this start seeds them. Collective then.
     """
     rank = distributed.rank()
-    num_ranks = distributed.world_size()
     files = [checkpoint / f"rank-{number}.pt" for number in range(num_written)]
-    if num_written == num_ranks:
+    if num_written == distributed.world_size():
         return _read_part(files[rank])
-    parts: list[dict[str, Any]] = [{}] * num_written
+    parts: list[dict[str, Any]] = []
     with distributed.raised_together():  # collective
-        read_here = [_read_part(file) for file in files[rank::num_ranks]]
-    for reader, read_there in enumerate(distributed.gather_objects(read_here)):  # collective
-        parts[reader::num_ranks] = read_there
+        if distributed.is_main():
+            parts = [_read_part(file) for file in files]
+    parts = distributed.broadcast_object(parts)  # collective
     first = parts[0]
     return {
         "sums": torch.stack([part["sums"] for part in parts]).mean(0),

@@ -168,12 +168,8 @@ def test_a_changed_schedule_of_the_json_goes_on_at_the_step_reached(arguments, t
     def rates(name: str, last_step: int, *options: str, stop_at: int | None = None) -> list[float]:
         params = {"total_num_steps": last_step, "warmup_num_steps": 2, "warmup_min_lr": 0, "warmup_max_lr": 0.01}
         content = {**ZERO1, "scheduler": {"type": "WarmupDecayLR", "params": params}}
-        given = [
-            "--deepspeed_config",
-            make.json_file(tmp_path / "ds.json", content),
-            "--output-dir",
-            f"{tmp_path}/{name}",
-        ]
+        ds_config = make.json_file(tmp_path / "ds.json", content)
+        given = ["--deepspeed_config", ds_config, "--output-dir", f"{tmp_path}/{name}"]
         drive([*arguments, *given, *options], stop_at=stop_at)
         return [line["lr"] for line in make.lines(tmp_path / name)]
 
