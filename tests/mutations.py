@@ -139,7 +139,7 @@ ROWS = (
      "lanes = positions % self.num_lanes", "lanes = positions // (-(-self.length // self.num_lanes))"),
     ("data-turns", "data/order.py",
      "data/test_order.py::test_a_windowed_mixture_takes_its_shares_and_every_sample_before_one_again",
-     "source_rows += epoch * np.array(self.shares)[sources]", "pass"),
+     " % shares + epoch * shares", " % shares"),
     ("data-special-tokens", "data/tokens.py",
      DATA + "test_tokens_are_those_of_the_caption_without_special_ones_and_padding",
      "valid = [not added and token not in self.special_ids for token, added in tokens]",

@@ -14,7 +14,6 @@ from ds_cmli.data.opening import open_source, split_weights
 from ds_cmli.data.order import FullOrder, Order, WindowedOrder
 from ds_cmli.data.pairs import Collate, EvalPairs, Images, Share, TrainPairs
 from ds_cmli.data.scenes import EVAL_SCENES, EVAL_SEED, TRAIN_SCENES, DemoPictures, Scenes
-from ds_cmli.data.shard_cache import ShardError
 from ds_cmli.data.sources import MAX_FULL, Source, is_large, shard_sizes
 from ds_cmli.data.sources.remote import check_cache
 from ds_cmli.data.tokens import CaptionTokenizer, tokenizer_of
@@ -119,7 +118,7 @@ def check_columns(name: str, source: Source, weights: Mapping[str, float]) -> No
             return
         try:
             missing -= {column for column, _ in images.captions(index)}
-        except ShardError:
+        except UserError:
             raise
         except Exception:  # a bad sample, for which another one stands in
             continue

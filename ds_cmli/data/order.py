@@ -7,23 +7,20 @@ S shards, N samples, L lanes of the windowed order, n positions.
 """
 
 import hashlib
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from typing import NamedTuple, Protocol, TypeVar
+from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK_ROWS = 1024  # at least, from which a weighted epoch takes each source's share
 NEXT_EPOCH_AT = 0.9  # of an epoch, when the next full order is begun
 ROWS_KEY = "rows"
 LANES_KEY = "lanes"
 
 Numbers = np.ndarray  # int64
-Value = TypeVar("Value")
 
 
 class Samples(NamedTuple):
@@ -89,28 +86,22 @@ class FullOrder:
         self.lengths = lengths
         self.length = sum(lengths)
         self.shares = lengths if weights is None else split_draws(self.length, weights)
-        # At most two: the epoch that is read, and the next.
-        self.epochs = OrderedDict[tuple[int, int], Future[Samples]]()
+        self.begun = lru_cache(2)(self._begin)  # the epoch that is read, and the next
         self.thread = ThreadPoolExecutor(max_workers=1)
 
     def at(self, positions: Numbers, seed: int, epoch: int) -> Samples:
         """Return the samples at some positions of an epoch."""
-        indices, turns = self._begun(seed, epoch).result()
+        indices, turns = self.begun(seed, epoch).result()
         if positions[-1] >= NEXT_EPOCH_AT * self.length:
             # Some 100 seconds at 1 billion samples: a thread makes it while the run trains.
-            self._begun(seed, epoch + 1)
+            self.begun(seed, epoch + 1)
         return Samples(indices[positions], turns[positions])
 
     def announce(self, positions: Numbers, seed: int, epoch: int) -> None:
         """Announce nothing: every shard may be read at any time."""
 
-    def _begun(self, seed: int, epoch: int) -> Future[Samples]:
-        key = seed, epoch
-        if key not in self.epochs:
-            self.epochs[key] = self.thread.submit(self._epoch, seed, epoch)
-            if len(self.epochs) > 2:
-                self.epochs.popitem(last=False)
-        return self.epochs[key]
+    def _begin(self, seed: int, epoch: int) -> Future[Samples]:
+        return self.thread.submit(self._epoch, seed, epoch)
 
     def _epoch(self, seed: int, epoch: int) -> Samples:
         # Copied out of PyTorch's memory: --profile-memory would count it as the step's.
@@ -150,8 +141,8 @@ class ShardLanes:
         self.num_lanes = num_lanes
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)])  # [S + 1], the first samples
         self.length = int(self.starts[-1])
-        self.shard_orders = OrderedDict[Hashable, tuple[Numbers, Numbers]]()
-        self.row_orders = OrderedDict[Hashable, np.ndarray]()
+        self.shard_order = lru_cache(4)(self._shard_order)
+        self.row_order = lru_cache(2 * num_lanes)(self._row_order)
 
     def places(self, positions: Numbers, *key: Hashable) -> tuple[Numbers, Numbers]:
         """Return the shard [n] of each position, and the number of the draw in it [n]."""
@@ -159,7 +150,7 @@ class ShardLanes:
         lane_starts = lanes * (self.length // self.num_lanes)
         lane_starts += np.minimum(lanes, self.length % self.num_lanes)  # the first are one longer
         places = lane_starts + positions // self.num_lanes
-        order, ends = cached(self.shard_orders, key, 4, lambda: self._shard_order(*key))
+        order, ends = self.shard_order(*key)
         numbers = np.searchsorted(ends, places, side="right")
         shards = order[numbers]
         return shards, places - ends[numbers] + self.sizes[shards]
@@ -172,7 +163,7 @@ class ShardLanes:
         borders = np.flatnonzero(np.diff(shards[by_shard])) + 1
         for group in np.split(by_shard, borders):
             shard = int(shards[group[0]])
-            rows = self._row_order(shard, *key)
+            rows = self.row_order(shard, *key)
             samples[group] += rows[draws[group]]
         return samples
 
@@ -186,33 +177,17 @@ class ShardLanes:
         return order, np.cumsum(self.sizes[order])
 
     def _row_order(self, shard: int, *key: Hashable) -> np.ndarray:
-        size = int(self.sizes[shard])
-        return cached(
-            self.row_orders,
-            (shard, *key),
-            2 * self.num_lanes,
-            lambda: permutation(size, *key, ROWS_KEY, shard).numpy().copy(),
-        )
-
-
-class SourceDraws(NamedTuple):
-    """The draws of one source, in one of its turns, among n positions of an epoch."""
-
-    source: int
-    turn: int
-    which: Numbers  # of the n positions
-    positions: Numbers  # theirs in the turn
-    key: tuple[int, ...]  # of the turn
+        return permutation(int(self.sizes[shard]), *key, ROWS_KEY, shard).numpy().copy()
 
 
 class WindowedOrder:
     """Epochs over several sources in shards, of which `window` are read at a time.
 
     Without weights an epoch takes every sample once, and all sources' shards are one line. With
-    weights it is made of rows of L draws, one in each lane, and the last draws that are no whole
-    row are left out; the shares are numbers of rows. In each block of rows every lane takes each
-    source's share in an order of its own, so a batch mixes the sources. Each source has an endless
-    order, as in the full order.
+    weights it is made of R rows of L draws, one in each lane, and the last draws that are no whole
+    row are left out; the shares are numbers of rows. One random pattern of sources is read by every
+    lane from another place on, so a batch mixes the sources. Each source has an endless order, as
+    in the full order.
 
     Args:
         shard_sizes: the samples in each shard, of each source.
@@ -225,7 +200,7 @@ class WindowedOrder:
         shard_sizes: list[Numbers],
         window: int,
         weights: list[float] | None = None,
-        prefetch: Callable[[Numbers], None] | None = None,
+        prefetch: Callable[[list[int]], None] | None = None,
     ):
         num_samples = sum(int(np.sum(sizes)) for sizes in shard_sizes)
         num_shards = sum(len(sizes) for sizes in shard_sizes)
@@ -236,112 +211,71 @@ class WindowedOrder:
         self.weights = weights
         self.prefetch = prefetch
         self.length = num_samples
-        self.num_rows = num_samples // self.window
         if weights is not None:
+            self.num_rows = num_samples // self.window
             self.length = self.num_rows * self.window
-            self.shares = split_draws(self.num_rows, weights)
-            # In so long blocks the largest source never gets less than no row (`_rows_before`).
-            block_rows = max(BLOCK_ROWS, len(weights) ** 2)
-            num_blocks = max(1, self.num_rows // block_rows)
-            self.block_starts = np.arange(num_blocks + 1) * self.num_rows // num_blocks
+            self.shares = np.array(split_draws(self.num_rows, weights))
+            self.pattern = lru_cache(2)(self._pattern)
         self.ahead = max(1, num_samples // num_shards // 2) * self.window
-        self.blocks = OrderedDict[Hashable, tuple[np.ndarray, np.ndarray]]()
 
     def at(self, positions: Numbers, seed: int, epoch: int) -> Samples:
         """Return the samples at some positions of an epoch."""
-        indices = np.empty(len(positions), np.int64)
-        turns = np.empty(len(positions), np.int64)
-        for draws in self._draws(positions, seed, epoch):
-            line = self.lines[draws.source]
-            samples = line.samples(draws.positions, *draws.key)
-            indices[draws.which] = self.firsts[draws.source] + samples
-            turns[draws.which] = draws.turn
-        return Samples(indices, turns)
+        return self._find(ShardLanes.samples, positions, seed, epoch)
 
     def announce(self, positions: Numbers, seed: int, epoch: int) -> None:
         """Call `prefetch` for the shards at the positions; after an epoch's end comes the next."""
         if self.prefetch is None:
             return
-        in_epoch = positions < self.length
-        next_positions = (positions[~in_epoch] - self.length) % self.length
-        firsts = np.concatenate(
-            [
-                self._first_samples(positions[in_epoch], seed, epoch),
-                self._first_samples(next_positions, seed, epoch + 1),
-            ]
-        )
-        # In the order of their turns, without repeats.
-        _, order = np.unique(firsts, return_index=True)
-        self.prefetch(firsts[np.sort(order)])
+        num_later, places = np.divmod(positions, self.length)
+        firsts: list[int] = []
+        for later in np.unique(num_later).tolist():
+            in_epoch = places[num_later == later]
+            found = self._find(ShardLanes.first_samples, in_epoch, seed, epoch + later)
+            firsts += found.indices.tolist()
+        self.prefetch(list(dict.fromkeys(firsts)))  # in the order of their turns, without repeats
 
-    def _first_samples(self, positions: Numbers, seed: int, epoch: int) -> Numbers:
-        samples = np.empty(len(positions), np.int64)
-        for draws in self._draws(positions, seed, epoch):
-            line = self.lines[draws.source]
-            firsts = line.first_samples(draws.positions, *draws.key)
-            samples[draws.which] = self.firsts[draws.source] + firsts
-        return samples
-
-    def _draws(self, positions: Numbers, seed: int, epoch: int) -> Iterator[SourceDraws]:
-        """Yield the draws of each source and turn that occurs at the positions."""
+    def _find(
+        self, find: Callable[..., Numbers], positions: Numbers, seed: int, epoch: int
+    ) -> Samples:
+        """Return what a method of `ShardLanes` finds at some positions of an epoch."""
         if self.weights is None:
-            yield SourceDraws(0, epoch, np.arange(len(positions)), positions, (seed, epoch))
-            return
+            (line,) = self.lines
+            return Samples(find(line, positions, seed, epoch), np.full(len(positions), epoch))
         sources, numbers = self._numbers(positions, seed, epoch)
-        for source in np.unique(sources).tolist():
-            turns, places = np.divmod(numbers, self.lines[source].length)
-            for turn in np.unique(turns[sources == source]).tolist():
-                which = np.flatnonzero((sources == source) & (turns == turn))
-                yield SourceDraws(source, turn, which, places[which], (seed, source, turn))
+        indices = np.empty_like(positions)
+        turns = numbers // np.diff(self.firsts)[sources]
+        for source, turn in set(zip(sources.tolist(), turns.tolist(), strict=True)):
+            line = self.lines[source]
+            which = (sources == source) & (turns == turn)
+            places = numbers[which] - turn * line.length
+            indices[which] = self.firsts[source] + find(line, places, seed, source, turn)
+        return Samples(indices, turns)
 
     def _numbers(self, positions: Numbers, seed: int, epoch: int) -> tuple[Numbers, Numbers]:
         """Return the source [n] at each position, and the number [n] in its endless order."""
+        pattern, ranks, before = self.pattern(seed, epoch)
         rows, lanes = np.divmod(positions, self.window)
-        blocks = np.searchsorted(self.block_starts, rows, side="right") - 1
-        sources = np.empty_like(positions)
-        source_rows = np.empty_like(positions)
-        for block in np.unique(blocks).tolist():
-            make_block = partial(self._block, seed, epoch, block)
-            pattern, numbers = cached(self.blocks, (seed, epoch, block), 2, make_block)
-            which = np.flatnonzero(blocks == block)
-            rows_in_block = rows[which] - self.block_starts[block]
-            sources[which] = pattern[lanes[which], rows_in_block]
-            source_rows[which] = numbers[lanes[which], rows_in_block]
-        source_rows += epoch * np.array(self.shares)[sources]
+        rows += self._first_rows(lanes)
+        rows %= self.num_rows
+        sources = pattern[rows]
+        shares = self.shares[sources]
+        # Every lane takes each source's rows in their order, from the first on.
+        source_rows = (ranks[rows] - before[lanes, sources]) % shares + epoch * shares
         return sources, source_rows * self.window + lanes
 
-    def _block(self, seed: int, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return sources [L, R] of a block's rows, and their numbers [L, R] among the epoch's rows
-        of the same source and lane."""
-        start, end = self.block_starts[block : block + 2].tolist()
-        rows_before = self._rows_before(start)
-        counts = self._rows_before(end) - rows_before
-        in_sequence = np.repeat(np.arange(len(counts)), counts)
-        orders = [
-            permutation(end - start, seed, epoch, LANES_KEY, block, lane).numpy()
-            for lane in range(self.window)
-        ]
-        pattern = in_sequence[np.stack(orders)]
-        numbers = np.empty_like(pattern)
-        for source, first in enumerate(rows_before):
-            of_source = pattern == source
-            numbers[of_source] = (first - 1 + np.cumsum(of_source, axis=1))[of_source]
-        return pattern, numbers
+    def _pattern(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray, Numbers]:
+        """Return the source [R] of each row of an epoch, its number [R] among the rows of the same
+        source, and how many rows [L, S] of each source come before a lane's first one."""
+        sources = np.repeat(np.arange(len(self.shares), dtype=np.int16), self.shares)
+        pattern = sources[permutation(self.num_rows, seed, epoch, LANES_KEY).numpy()]
+        ranks = np.empty(self.num_rows, np.int32)
+        before = np.empty((self.window, len(self.shares)), np.int64)
+        first_rows = self._first_rows(np.arange(self.window))
+        for source, share in enumerate(self.shares):
+            rows = np.flatnonzero(pattern == source)
+            ranks[rows] = np.arange(share)
+            before[:, source] = np.searchsorted(rows, first_rows)
+        return pattern, ranks, before
 
-    def _rows_before(self, row: int) -> Numbers:
-        """Return how many of an epoch's first rows each source gets; the largest the rest."""
-        counts = np.array([row * share // self.num_rows for share in self.shares])
-        counts[self.shares.index(max(self.shares))] += row - counts.sum()
-        return counts
-
-
-def cached(
-    cache: OrderedDict[Hashable, Value], key: Hashable, max_kept: int, make: Callable[[], Value]
-) -> Value:
-    """Return the value of a key, made if it is not there; the least recently used are dropped."""
-    if key not in cache:
-        cache[key] = make()
-        if len(cache) > max_kept:
-            cache.popitem(last=False)
-    cache.move_to_end(key)
-    return cache[key]
+    def _first_rows(self, lanes: Numbers) -> Numbers:
+        return lanes * self.num_rows // self.window

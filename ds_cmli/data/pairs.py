@@ -22,7 +22,7 @@ from ds_cmli import scopes
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.images import View
 from ds_cmli.data.sampler import Draw
-from ds_cmli.data.shard_cache import LostShard, ShardError
+from ds_cmli.data.shard_cache import LostShard
 from ds_cmli.data.sources import Source
 from ds_cmli.data.tokens import CaptionTokenizer, Tokens
 from ds_cmli.distributed.process_group import CollectiveFlags
@@ -187,7 +187,7 @@ class TrainPairs(Dataset):
             try:
                 sample = self._pair(stand_in, turn)
                 return replace(sample, index=index, bad=bad[0] if bad else None)
-            except ShardError:
+            except UserError:
                 raise
             except Exception as error:  # decoders raise nearly any exception for damaged files
                 bad.append((self.images.name(stand_in), described(error)))
@@ -230,7 +230,7 @@ class EvalPairs:
         for index in range(len(images)):
             try:
                 self.rows += [(index, text) for _, text in images.captions(index, column)]
-            except ShardError:
+            except UserError:
                 raise
             except Exception as error:
                 self.bad.append((images.name(index), described(error)))

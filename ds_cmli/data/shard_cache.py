@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -31,8 +31,8 @@ from filelock import FileLock, Timeout
 from fsspec.callbacks import Callback
 
 from ds_cmli.commands import print_line
-from ds_cmli.data.sources.tar_index import write_index
-from ds_cmli.errors import UserError, one_line
+from ds_cmli.data.sources.tar_index import save_index, scan
+from ds_cmli.errors import UserError, blame, one_line
 from ds_cmli.files import cache_folder
 
 NUM_FETCHES = 8  # at the same time on a node
@@ -58,18 +58,15 @@ class Shard(NamedTuple):
 
 
 class LostShard(ValueError):
-    """A shard that does not exist or is damaged: its samples are bad ones."""
+    """A shard that does not exist or is damaged: its samples are bad ones.
+
+    Any other failure is a `UserError`: the run ends, saved, and a later start goes on. If these
+    samples counted as bad, a start that can fetch the shard would train on others.
+    """
 
     def __init__(self, reason: str, num_samples: int = 1):
         super().__init__(reason)
         self.num_samples = num_samples  # of the shard
-
-
-class ShardError(UserError):
-    """A shard cannot be fetched for another reason: the run ends, saved, and a later start goes on.
-
-    If its samples counted as bad ones, a start that can fetch it would train on others.
-    """
 
 
 def shards_folder() -> Path:
@@ -85,34 +82,21 @@ def fetched_bytes() -> int:
     return total
 
 
-def index_copy(copy: Path, file: Path) -> None:
-    """Write the index of a copy. Raises `LostShard` if it is damaged."""
-    try:
-        write_index(copy, file)
-    except UserError as error:
-        if not str(error).startswith(str(copy)):  # the index cannot be written
-            raise
-        raise LostShard(str(error).removeprefix(f"{copy} is ")) from None
-
-
 class ShardCache:
     """The copies of shards in `shards_folder`.
 
     Args:
         max_bytes: the size of all copies together; one of unknown size counts when it is there.
-        write_index: called with each new copy's path, before readers see it, and the path of a file
-            to write beside it. Raises `LostShard` if the copy is damaged.
     """
 
-    def __init__(self, max_bytes: int, write_index: Callable[[Path, Path], None] = index_copy):
+    def __init__(self, max_bytes: int):
         self.folder = shards_folder()
         self.requests = self.folder / "requests"
         self.max_bytes = max_bytes
-        self.write_index = write_index
         self.touched: dict[Shard, float] = {}
         self.reserved_bytes = 0  # of shards that are being fetched
         self.room = threading.Lock()
-        with self._writing():
+        with blame(f"{self.folder} cannot be written: {FREE_SPACE}"):
             self.requests.mkdir(parents=True, exist_ok=True)
 
     def path(self, shard: Shard) -> Path:
@@ -138,7 +122,7 @@ class ShardCache:
     def get(self, shard: Shard) -> Path:
         """Return the path of a shard's copy, after it has been fetched.
 
-        Raises `LostShard` if the shard does not exist or is damaged, else `ShardError` if it cannot
+        Raises `LostShard` if the shard does not exist or is damaged, else `UserError` if it cannot
         be fetched.
         """
         copy = self.path(shard)
@@ -163,25 +147,17 @@ class ShardCache:
         if failure["is_lost"]:
             raise LostShard(failure["reason"])
         if age < FORGET_SECONDS:
-            raise ShardError(failure["reason"])
+            raise UserError(failure["reason"])
         file.unlink(missing_ok=True)  # of an earlier start
 
     def _ask(self, shard: Shard, kind: str) -> None:
         file = self._request(shard, kind)
         if not file.exists():
-            with self._writing():
+            with blame(f"{self.folder} cannot be written: {FREE_SPACE}"):
                 file.write_text(json.dumps(shard))
 
     def _request(self, shard: Shard, kind: str) -> Path:
         return self.requests / f"{self.path(shard).stem}{kind}"
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            reason = f"{self.folder} cannot be written ({error.strerror})"
-            raise ShardError(f"{reason}: {FREE_SPACE}") from None
 
     # --- the process that fetches
 
@@ -228,7 +204,11 @@ class ShardCache:
         try:
             if not copy.exists():
                 download(shard, part)
-                self.write_index(part, copy.with_suffix(".rows"))
+                try:
+                    rows = scan(part)
+                except UserError as error:
+                    raise LostShard(str(error).removeprefix(f"{part} is ")) from None
+                save_index(rows, copy.with_suffix(".rows"))
                 part.replace(copy)
         except Exception as error:
             part.unlink(missing_ok=True)  # first, because the disk may be full
@@ -236,7 +216,7 @@ class ShardCache:
             if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
                 reason = f"the disk of {self.folder} is full: {FREE_SPACE}"
             failure = {"reason": reason, "is_lost": isinstance(error, LostShard)}
-            with self._writing():
+            with blame(f"{self.folder} cannot be written: {FREE_SPACE}"):
                 self._request(shard, ".failed").write_text(json.dumps(failure))
         finally:
             with self.room:
@@ -248,7 +228,7 @@ class ShardCache:
 def download(shard: Shard, file: Path) -> None:
     """Fetch a shard into a file; what may be a failure of the network is tried again for a while.
 
-    Raises `LostShard` if the shard does not exist, `ShardError` if it cannot be fetched, and
+    Raises `LostShard` if the shard does not exist, `UserError` if it cannot be fetched, and
     `OSError` if the file cannot be written.
     """
     options: dict[str, object] = {}
@@ -280,7 +260,7 @@ def download(shard: Shard, file: Path) -> None:
             if is_refused or time.monotonic() + pause > deadline:
                 reason = f"{type(error).__name__}: {one_line(error)}"
                 tries = f"cannot be fetched ({number} tries)"
-                raise ShardError(f"{shard.url} {tries}: {reason}") from None
+                raise UserError(f"{shard.url} {tries}: {reason}") from None
         time.sleep(pause)
         pause = min(2 * pause, MAX_PAUSE)
 
@@ -325,7 +305,7 @@ def main() -> None:
     max_bytes, parent = map(int, sys.argv[1:])
     cache = ShardCache(max_bytes)
     # The folder has been deleted, or cannot be written: a reader says so.
-    with suppress(FileNotFoundError, ShardError):
+    with suppress(FileNotFoundError, UserError):
         while os.getppid() == parent:
             with suppress(Timeout), cache.lock().acquire(timeout=1):
                 # What earlier processes have asked for and not finished.

@@ -20,7 +20,6 @@ from ds_cmli.config.source import RUN, ModelSource, evaluation_config
 from ds_cmli.data.images import View, black
 from ds_cmli.data.pairs import NO_TOKEN, Bad, Collate, EvalPairs, Sample, described, loader, told
 from ds_cmli.data.scenes import Scenes
-from ds_cmli.data.shard_cache import ShardError
 from ds_cmli.data.tokens import CaptionTokenizer, tokenizer_of
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import DTYPES, build_models
@@ -108,7 +107,7 @@ class Evaluator:
                 try:
                     if number != FILLER:
                         images[number] = pictures.image(number)
-                except ShardError:
+                except UserError:
                     raise
                 except Exception as error:  # decoders raise nearly any for damaged files
                     reasons[number] = described(error)

@@ -8,7 +8,6 @@ import pytest
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data import shard_cache
 from ds_cmli.data.build import build_data
-from ds_cmli.data.shard_cache import ShardError
 from ds_cmli.errors import UserError
 from profiling.speed import storage_server
 from tests import make
@@ -73,7 +72,7 @@ def test_a_storage_that_is_gone_for_good_ends_the_run_and_is_no_bad_sample(serve
     monkeypatch.setattr(shard_cache, "RETRY_SECONDS", 0.1)
     data = opened(server)
     server.is_gone = True
-    with pytest.raises(ShardError, match=r"/\d\.tar cannot be fetched \(\d tries\)"):
+    with pytest.raises(UserError, match=r"/\d\.tar cannot be fetched \(\d tries\)"):
         run(data, 1, 0, None, 14)
 
 

@@ -16,8 +16,12 @@ from fsspec import AbstractFileSystem
 
 from ds_cmli.data import shard_cache
 from ds_cmli.data.shard_cache import LostShard, Shard, ShardCache, fetched_bytes, serve
+from ds_cmli.data.sources.tar_index import read_footer
 from ds_cmli.errors import UserError
 from profiling.speed import storage_server
+from tests import make
+
+SIZE = 10_240  # bytes of a tar of two samples
 
 
 @pytest.fixture(autouse=True)
@@ -31,23 +35,23 @@ def server(tmp_path):
     folder = tmp_path / "bucket"
     folder.mkdir()
     for number in range(8):
-        (folder / f"{number}.tar").write_bytes(bytes([number]) * 1000)
+        make.tar(folder / f"{number}.tar", 2, first=number)
+        assert (folder / f"{number}.tar").stat().st_size == SIZE
+    (folder / "6.tar").write_bytes(b"x" * SIZE)  # damaged
     with storage_server.http(folder) as server:
         yield server
 
 
 def shards(server, *numbers: int) -> list[Shard]:
-    return [Shard(f"{server.url}/{number}.tar", 1000) for number in numbers]
+    return [Shard(f"{server.url}/{number}.tar", SIZE) for number in numbers]
 
 
-def write_index(copy: Path, file: Path) -> None:
-    if copy.read_bytes()[0] == 6:
-        raise LostShard("damaged")
-    file.write_bytes(b"index")
+def contents(server, *numbers: int) -> list[bytes]:
+    return [(server.folder / f"{number}.tar").read_bytes() for number in numbers]
 
 
 def cache_of(num_shards: int = 8) -> ShardCache:
-    return ShardCache(1000 * num_shards, write_index)
+    return ShardCache(SIZE * num_shards)
 
 
 @contextmanager
@@ -68,9 +72,9 @@ def test_many_readers_get_a_shard_that_is_fetched_once_with_its_index(tmp_path, 
     cache = cache_of()
     with fetching(cache), ThreadPoolExecutor(6) as readers:
         paths = list(readers.map(cache_of().get, shards(server, 1, 2, 1, 1, 2, 1)))
-    assert [path.read_bytes()[0] for path in paths] == [1, 2, 1, 1, 2, 1]
+    assert [path.read_bytes() for path in paths] == contents(server, 1, 2, 1, 1, 2, 1)
     assert server.fetched == {"1.tar": 1, "2.tar": 1}
-    assert paths[0].with_suffix(".rows").read_bytes() == b"index"
+    assert read_footer(paths[0].with_suffix(".rows")).num_samples == 2
     assert not list(cache.requests.iterdir())
 
 
@@ -79,7 +83,7 @@ def test_failures_and_transfers_that_are_cut_off_are_tried_again(tmp_path, serve
     server.failures = 0.4
     with fetching(cache):
         paths = [cache.get(shard) for shard in shards(server, *range(6))]
-    assert [path.read_bytes() for path in paths] == [bytes([number]) * 1000 for number in range(6)]
+    assert [path.read_bytes() for path in paths] == contents(server, *range(6))
     assert server.num_failed > 0
 
 
@@ -89,7 +93,7 @@ def test_what_does_not_exist_or_is_damaged_is_lost_and_not_tried_again(tmp_path,
         for _ in range(2):
             with pytest.raises(LostShard, match="no such file"):
                 cache.get(*shards(server, 9))
-            with pytest.raises(LostShard, match="damaged"):
+            with pytest.raises(LostShard, match="no whole, uncompressed tar"):
                 cache.get(*shards(server, 6))
     assert server.fetched == {"6.tar": 1}
     assert fetched_bytes() == 0
@@ -103,7 +107,7 @@ def test_what_cannot_be_fetched_is_a_users_mistake_that_a_later_start_tries_agai
         with pytest.raises(UserError, match=rf"^{server.url}/1\.tar cannot be fetched \([2-9] tries\): Server"):
             cache.get(*shards(server, 1))
         server.is_gone = False
-        with pytest.raises(UserError, match="it has 1,000 bytes and not 999"):  # it was replaced since the start
+        with pytest.raises(UserError, match="it has 10,240 bytes and not 999"):  # it was replaced since the start
             cache.get(Shard(f"{server.url}/2.tar", 999))
         monkeypatch.setattr(shard_cache, "FORGET_SECONDS", 0)
         assert cache.get(*shards(server, 1)).exists()
@@ -127,7 +131,7 @@ def test_the_folder_is_bounded_and_keeps_what_is_in_use(tmp_path, server):
         for number in (4, 5, 0, 7):  # a reader waits
             assert cache.get(*shards(server, number)).exists()
             sizes.append(fetched_bytes())
-    assert max(sizes) <= 3000
+    assert max(sizes) <= 3 * SIZE
 
 
 class FullDisk(AbstractFileSystem):
@@ -151,7 +155,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_part(tmp_path):
 def test_a_reader_fetches_itself_where_no_process_does(tmp_path, server, monkeypatch):
     monkeypatch.setattr(shard_cache, "ALONE_SECONDS", 0)
     cache = cache_of()
-    assert cache.get(*shards(server, 5)).read_bytes()[0] == 5
+    assert [cache.get(*shards(server, 5)).read_bytes()] == contents(server, 5)
     assert cache.reserved_bytes == 0
 
 
@@ -167,16 +171,13 @@ sys.stdin.read()
 
 
 def test_the_fetching_process_ends_with_its_rank_and_forgets_what_a_killed_one_left(tmp_path, server):
-    from tests import make
-
-    make.tar(server.folder / "real.tar", 2)
     cache = cache_of()
     (cache.folder / "x.part").touch()
     (cache.requests / "x.failed").touch()
-    argv = [sys.executable, "-c", RANK, f"{server.url}/real.tar"]
+    argv = [sys.executable, "-c", RANK, f"{server.url}/3.tar"]
     rank = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     copy = Path(rank.stdout.readline().strip())
-    assert copy.read_bytes() == (server.folder / "real.tar").read_bytes()
+    assert [copy.read_bytes()] == contents(server, 3)
     assert sorted(file.suffix for file in cache.folder.iterdir()) == ["", ".lock", ".rows", ".tar"]
     assert not list(cache.requests.iterdir())
     with pytest.raises(TimeoutError):

@@ -35,7 +35,7 @@ MAX_FULL = 10_000_000  # images in shards; the order of more is windowed unless 
 class Source(Protocol):
     """Images with one or more captions each, by number.
 
-    Any exception of `image` and `captions` makes the sample a bad one.
+    Any exception of `image` and `captions` but `UserError` makes the sample a bad one.
     """
 
     def __len__(self) -> int: ...

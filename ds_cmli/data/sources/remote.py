@@ -7,11 +7,9 @@ when its turn comes. URLs are fsspec's: `s3://`, `gs://`, `hf://`, `https://`.
 import json
 import math
 import os
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,10 +25,9 @@ from ds_cmli.data.sources import Source
 from ds_cmli.data.sources.tar_index import read_footer, read_rows
 from ds_cmli.data.sources.tars import Tars
 from ds_cmli.errors import UserError, blame
-from ds_cmli.files import locked
+from ds_cmli.pretrained import fetched_on_this_node
 
-NUM_REQUESTS = 32  # of sizes at the same time, from a server that lists no folders
-FRESH_SECONDS = 60.0  # in which the ranks of a node take one answer
+NUM_REQUESTS = 32  # at the same time, about sizes and numbers of samples
 MAX_TRIES = 4  # of what is read before the run
 GB = 10**9
 
@@ -164,13 +161,12 @@ def check_cache(sources: list[Source], order: Order, cache_gb: float) -> None:
 
 
 def list_once(name: str, urls: list[str]) -> Listing:
-    """Return `list_shards`; on a node of several ranks the first asks, and the others read it."""
-    if os.environ.get("LOCAL_WORLD_SIZE", "1") == "1":
-        return list_shards(urls)
+    """Return `list_shards`; one rank of a node asks for it, and the others read its answer."""
     digest = sha256(name.encode(errors="surrogatepass")).hexdigest()
     file = shards_folder() / f"{digest[:24]}.listing"
-    with locked(file.parent, "listing.lock", "the list of shards"):
-        if not file.exists() or time.time() - file.stat().st_mtime > FRESH_SECONDS:
+    with fetched_on_this_node(name) as is_listed:
+        if not is_listed:
+            file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(list_shards(urls)))
         shards, counts = json.loads(file.read_text())
     return Listing([Shard(*shard) for shard in shards], counts)
@@ -205,20 +201,12 @@ def list_shards(urls: list[str]) -> Listing:
 
 def sizes_of(storage: Any, paths: list[str]) -> dict[str, int | None]:
     """Return the size in bytes of each file; None of one that does not exist."""
-    if "http" not in storage.protocol:
-        folders = {path.rpartition("/")[0] for path in paths}
-        entries = [entry for folder in folders for entry in storage.ls(folder, detail=True)]
-        sizes = {entry["name"]: entry["size"] for entry in entries}
-        return {path: sizes.get(path) for path in paths}
-
-    def size_of(path: str) -> int | None:
-        for _ in range(MAX_TRIES):
-            with suppress(FileNotFoundError):  # also if the server did not answer
-                return storage.info(path)["size"]
-        return None
-
-    with ThreadPoolExecutor(NUM_REQUESTS) as pool:
-        return dict(zip(paths, pool.map(size_of, paths), strict=True))
+    if "http" in storage.protocol:
+        return ask_each(lambda path: storage.info(path)["size"], paths)
+    folders = {path.rpartition("/")[0] for path in paths}
+    entries = [entry for folder in folders for entry in storage.ls(folder, detail=True)]
+    sizes = {entry["name"]: entry["size"] for entry in entries}
+    return {path: sizes.get(path) for path in paths}
 
 
 def counts_beside(storage: Any, paths: list[str]) -> dict[str, int]:
@@ -228,27 +216,33 @@ def counts_beside(storage: Any, paths: list[str]) -> dict[str, int]:
     """
     counts: dict[str, int] = {}
     folders = {path.rpartition("/")[0] for path in paths}
-    for file, content in read_files(storage, [f"{folder}/sizes.json" for folder in folders]):
-        folder = file.removesuffix("sizes.json")
-        counts |= {folder + name: int(count) for name, count in json.loads(content).items()}
-    stats_of = {f"{path.removesuffix('.tar')}_stats.json": path for path in paths}
-    files = [file for file, path in stats_of.items() if path not in counts]
-    for file, content in read_files(storage, files):
-        counts[stats_of[file]] = int(json.loads(content)["successes"])
+    for folder, content in ask_each(
+        lambda path: storage.cat_file(f"{path}/sizes.json"), folders
+    ).items():
+        sizes = json.loads(content or b"{}")
+        counts |= {f"{folder}/{name}": int(count) for name, count in sizes.items()}
+    stats = {
+        path: f"{path.removesuffix('.tar')}_stats.json" for path in paths if path not in counts
+    }
+    for path, content in ask_each(lambda path: storage.cat_file(stats[path]), stats).items():
+        if content is not None:
+            counts[path] = int(json.loads(content)["successes"])
     return counts
 
 
-def read_files(storage: Any, paths: list[str]) -> list[tuple[str, bytes]]:
-    """Return the path and the content of those files that exist."""
-    contents: list[tuple[str, bytes]] = []
-    for number in range(1, MAX_TRIES + 1):
-        answers = storage.cat(paths, on_error="return") if paths else {}
-        paths = []
-        for path, answer in answers.items():
-            if isinstance(answer, bytes):
-                contents.append((path, answer))
-            elif not isinstance(answer, FileNotFoundError):
-                paths.append(path)
-                if number == MAX_TRIES:
-                    raise answer
-    return contents
+def ask_each(ask: Callable[[str], Any], paths: Iterable[str]) -> dict[str, Any]:
+    """Return what a storage answers about each path, after several tries; None: no such file."""
+
+    def answer(path: str) -> Any:
+        for tries_left in reversed(range(MAX_TRIES)):
+            try:
+                return ask(path)
+            except FileNotFoundError:  # of HTTP also if the server did not answer
+                continue
+            except Exception:
+                if not tries_left:
+                    raise
+        return None
+
+    with ThreadPoolExecutor(NUM_REQUESTS) as pool:
+        return dict(zip(paths, pool.map(answer, paths), strict=True))

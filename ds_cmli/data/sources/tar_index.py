@@ -119,19 +119,18 @@ def read_rows(index: ShardIndex) -> np.ndarray:
     return rows
 
 
-def write_index(shard: Path, file: Path) -> ShardIndex:
-    """Scan a shard, and write and return its index."""
-    rows = scan(shard)
+def save_index(rows: np.ndarray, file: Path) -> ShardIndex:
+    """Write and return the index of a shard, whose rows are as `scan` returns them."""
     is_whole = (rows["image_size"] > 0) & ((rows["text_size"] > 0) | (rows["json_size"] > 0))
     whole_rows = rows[is_whole]
-    left_out = len(rows) - len(whole_rows)
-    digest = _digest(whole_rows)
+    index = ShardIndex(file, len(whole_rows), len(rows) - len(whole_rows), _digest(whole_rows))
     with blame(f"the index of tars cannot be written to {file.parent}: {SET_CACHE}"):
         # Two ranks may make one index: each writes a file of its own, and both are equal.
         beside = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}.new")
-        beside.write_bytes(whole_rows.tobytes() + FOOTER.pack(MAGIC, left_out, digest))
+        footer = FOOTER.pack(MAGIC, index.left_out, index.digest)
+        beside.write_bytes(whole_rows.tobytes() + footer)
         beside.replace(file)
-    return ShardIndex(file, len(whole_rows), left_out, digest)
+    return index
 
 
 def join_rows(indices: Sequence[ShardIndex], shards: Sequence[Path]) -> np.ndarray:
@@ -154,7 +153,7 @@ def join_rows(indices: Sequence[ShardIndex], shards: Sequence[Path]) -> np.ndarr
                     try:
                         rows = read_rows(index)
                     except ValueError:
-                        rows = read_rows(write_index(shard, index.file))
+                        rows = read_rows(save_index(scan(shard), index.file))
                     joined.write(rows.tobytes())
             beside.replace(file)
     return np.memmap(file, ROW, mode="r")
@@ -169,10 +168,9 @@ def _make_missing(
 ) -> list[ShardIndex]:
     def make(number: int) -> ShardIndex:
         # Another rank may have made it.
-        return read_footer(files[number]) or write_index(shards[number], files[number])
+        return read_footer(files[number]) or save_index(scan(shards[number]), files[number])
 
-    start = time.monotonic()
-    last_line = start
+    start = last_line = time.monotonic()
     pool = ThreadPoolExecutor(NUM_THREADS)
     try:
         futures = {number: pool.submit(make, number) for number in _order_of_rank(len(shards))}
@@ -197,17 +195,15 @@ def _make_missing(
         pool.shutdown(cancel_futures=True)
 
 
-def _order_of_rank(length: int) -> Iterator[int]:
-    # A rank that has made its own part meets the ranks that it helps in the middle of theirs.
+def _order_of_rank(length: int) -> list[int]:
     from ds_cmli.distributed import process_group as distributed  # with torch
 
     rank = distributed.rank()
     world_size = distributed.world_size()
-    bounds = [part * length // world_size for part in range(world_size + 1)]
-    yield from range(bounds[rank], bounds[rank + 1])
-    for helped in range(rank + 1, rank + world_size):
-        part = helped % world_size
-        yield from reversed(range(bounds[part], bounds[part + 1]))
+    start = rank * length // world_size
+    end = (rank + 1) * length // world_size
+    # A rank that has made its own part meets the ranks that it helps in the middle of theirs.
+    return [*range(start, end), *reversed(range(start)), *reversed(range(end, length))]
 
 
 # --- scanning a tar
