@@ -1,4 +1,4 @@
-"""How a command prints, reports a mistake and ends."""
+"""Lines that commands print, the report of a mistake, and the end of the process."""
 
 import atexit
 import os

@@ -1,4 +1,4 @@
-"""What is read and set of this machine: bf16, the host's allocator, reproducibility."""
+"""Properties and settings of this machine: bf16, the host's allocator, reproducibility."""
 
 import ctypes
 import os
@@ -14,12 +14,12 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def onednn_limit() -> str:
-    """The instructions that oneDNN is limited to by the environment; "": it is not."""
+    """Return the instructions that the environment limits oneDNN to; "": no limit."""
     return os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
 
 
 def bf16_is_fast() -> bool:
-    """Whether this processor has instructions for bf16 matrices, and oneDNN may use them.
+    """Return True if this processor has instructions for bf16 matrices that oneDNN may use.
 
     Other processors compute bf16 in fp32 and convert at each load, so that a linear layer takes two
     to five times as long as in fp32.
@@ -34,7 +34,7 @@ def bf16_is_fast() -> bool:
 
 
 def cpu_line() -> str:
-    """A line of what decides this processor's speed: its instructions, and the threads."""
+    """Return a line about what decides this processor's speed: instructions and threads."""
     import torch
 
     instructions = onednn_limit() or torch.backends.cpu.get_cpu_capability()

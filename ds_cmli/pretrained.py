@@ -1,4 +1,4 @@
-"""How libraries load pretrained models here: without code from files, and quietly."""
+"""A context in which libraries load pretrained models: without code from files, and quietly."""
 
 import hashlib
 import logging

@@ -1,4 +1,4 @@
-"""What a run's records say of its code: versions of packages, and the commit of the sources."""
+"""The code that a run's records name: versions of packages, and the commit of the sources."""
 
 import platform
 import subprocess

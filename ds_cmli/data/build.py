@@ -85,8 +85,8 @@ def build_data(config: DataConfig, seed: int, heartbeat: Callable[[], None] = la
     for name, (source, _) in held_out.items():
         # The validation data counts too, because the best step is decided by it.
         if not any(source is train_source for train_source, _ in train.values()):
-            of_source = name if name in fingerprint else names[0]
-            fingerprint[of_source]["validation"] = source.fingerprint()
+            first, *_ = names
+            fingerprint.get(name, fingerprint[first])["validation"] = source.fingerprint()
     summary += [f"held out: {_describe(share)} of {name}" for name, share in held_out.items()]
     num_held_out = sum(len(indices) for _, indices in held_out.values())
     if num_held_out < FEW_HELD_OUT:
