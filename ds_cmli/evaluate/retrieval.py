@@ -8,8 +8,6 @@ dimension.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,14 +44,6 @@ def evaluate_split(model: Evaluator, pairs: HeldOut) -> tuple[Metrics, Embedded]
     return metrics, embedded
 
 
-class CaptionBlock(NamedTuple):
-    """The captions of a block of a rank's pictures."""
-
-    captions: list[int]
-    scores: Tensor  # [K, 1, t], of each caption with its own picture
-    texts: PaddedTexts
-
-
 def recalls_of_kinds(model: Evaluator, embedded: Embedded) -> dict[str, dict[str, float]]:
     """Return the recalls of each kind of scores over all ranks' pictures and captions. Collective.
 
@@ -64,15 +54,15 @@ def recalls_of_kinds(model: Evaluator, embedded: Embedded) -> dict[str, dict[str
     num_ranks = distributed.world_size()
     block_size = max(1, min(MAX_PICTURES, MAX_GATHERED // num_ranks))
     pictures_of_rank = list(embedded.images)
-    most = -(-len({*embedded.image_of}) // num_ranks)
-    # As many on every rank; the last ones may be empty.
-    blocks = [pictures_of_rank[i : i + block_size] for i in range(0, most, block_size)]
+    # Every rank has as many blocks; the last ones may be empty.
+    max_pictures = -(-len({*embedded.image_of}) // num_ranks)
+    blocks = [pictures_of_rank[i : i + block_size] for i in range(0, max_pictures, block_size)]
     captions_of_picture: dict[int, list[int]] = defaultdict(list)
     for caption in embedded.texts:
         captions_of_picture[embedded.image_of[caption]].append(caption)
 
     def score(
-        pictures: list[int], captions: Sequence[int], texts: PaddedTexts
+        pictures: list[int], captions: list[int], texts: PaddedTexts
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return i2t and t2i, [K, r, t], and which pairs are right, bool [r, t]. CPU-GPU sync."""
         images = [embedded.images[picture] for picture in pictures]
@@ -84,30 +74,31 @@ def recalls_of_kinds(model: Evaluator, embedded: Embedded) -> dict[str, dict[str
     # The right pairs come first, in the blocks with the pictures of their captions: they are scored
     # as again below, so that a score is bitwise equal to itself.
     best_captions = torch.full((num_kinds, len(image_of), 1), -torch.inf)
-    own_blocks: list[CaptionBlock | None] = []  # None: no caption
+    # Captions, int64 [t], their scores with their own pictures, [K, 1, t], and texts; or nothing.
+    own_blocks: list[list[Tensor]] = []
     for pictures in blocks:
         captions = [caption for picture in pictures for caption in captions_of_picture[picture]]
         if not captions:
-            own_blocks.append(None)
+            own_blocks.append([])
             continue
         texts = pad_texts([embedded.texts[caption] for caption in captions])
         own_scores = score(pictures, captions, texts)
         best_captions[:, pictures], best_images = measures.best_of_right_pairs(*own_scores)
-        own_blocks.append(CaptionBlock(captions, best_images, texts))
+        own_blocks.append([torch.tensor(captions), best_images, *texts])
 
     i2t_counts, t2i_counts = torch.zeros(2, num_kinds, len(image_of), 3, dtype=torch.float64)
     for own_block in own_blocks:
-        for block in distributed.gather_objects(own_block):  # collective
+        for block in distributed.gather_tensors(own_block):  # collective
             for pictures in blocks:
                 model.heartbeat()  # collective at times
-                if block is None or not pictures:
+                if not block or not pictures:
                     continue
-                i2t, t2i, is_right = score(pictures, block.captions, block.texts)
+                caption_numbers, best_images, *texts = block
+                captions = caption_numbers.tolist()
+                i2t, t2i, is_right = score(pictures, captions, PaddedTexts(*texts))
                 best = best_captions[:, pictures]
                 i2t_counts[:, pictures] += measures.count_candidates(i2t, best, is_right, 2)
-                t2i_counts[:, block.captions] += measures.count_candidates(
-                    t2i, block.scores, is_right, 1
-                )
+                t2i_counts[:, captions] += measures.count_candidates(t2i, best_images, is_right, 1)
     distributed.sum_over_ranks(i2t_counts)  # collective
     distributed.sum_over_ranks(t2i_counts)  # collective
     i2t_counts = i2t_counts[:, image_of[embedded.captions].unique()]

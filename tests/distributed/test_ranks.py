@@ -10,6 +10,12 @@ from ds_cmli.errors import UserError
 from tests import make, ranks
 
 
+def uneven_tensors(rank: int) -> list[torch.Tensor]:
+    """Nothing of rank 0; of rank 1 three bytes, before elements of other sizes."""
+    bfloat16 = torch.tensor([[1.5, 2.0]], dtype=torch.bfloat16)
+    return [torch.tensor([True, False, True]), bfloat16, torch.tensor(7)] if rank else []
+
+
 def messages(rank, world_size):
     refused = []
     for mistakes in ([None, "no such file"], ["no such key", "no such key"]):
@@ -24,6 +30,7 @@ def messages(rank, world_size):
         pass
     return {
         "objects": distributed.gather_objects({"rank": rank}),
+        "tensors": [[x.tolist() for x in tensors] for tensors in distributed.gather_tensors(uneven_tensors(rank))],
         "broadcast": distributed.broadcast_object(f"from rank {rank}", source=1),
         "mean": distributed.mean_over_ranks(torch.tensor([1.0 + rank, 4.0])).tolist(),
         "sum": distributed.sum_over_ranks(torch.tensor([1.0 + rank, 4.0])).tolist(),
@@ -35,6 +42,7 @@ def test_messages_between_ranks():
     for entry in ranks.run(messages, 2):
         assert entry == {
             "objects": [{"rank": 0}, {"rank": 1}],
+            "tensors": [[], [[True, False, True], [[1.5, 2.0]], 7]],
             "broadcast": "from rank 1",
             "mean": [1.5, 4.0],
             "sum": [3.0, 8.0],
