@@ -234,8 +234,8 @@ def embed(model: Evaluator, pairs: HeldOut) -> Embedded:
         lost += [(pairs.name(number), why) for number, why in reasons.items()]
     is_own = {*own_pictures}
     own_rows = [row for row, picture in enumerate(image_of) if picture in is_own]
-    most = max(distributed.gather_objects(len(own_rows)))  # collective
-    texts, reasons = model.texts({row: pairs.rows[row][1] for row in own_rows}, most)
+    max_texts = max(distributed.gather_objects(len(own_rows)))  # collective
+    texts, reasons = model.texts({row: pairs.rows[row][1] for row in own_rows}, max_texts)
     lost += [(pairs.name(row), why) for row, why in reasons.items()]
     texts = {row: text for row, text in texts.items() if image_of[row] in images}
     images = {number: images[number] for number in sorted({image_of[row] for row in texts})}

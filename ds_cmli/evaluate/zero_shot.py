@@ -76,11 +76,11 @@ def _read_lines(option: str, file: str) -> list[str]:
 
 def open_class_folders(config: Config) -> dict[str, ClassPictures]:
     """Open the folders of `run.zero_shot`, by their names. Raises `UserError`."""
-    given = config.run.zero_shot
+    setting = config.run.zero_shot
     opened: dict[str, ClassPictures] = {}
-    for folder in [given] if isinstance(given, str) and given else given:
+    for folder in [setting] if isinstance(setting, str) and setting else setting:
         name = Path(folder).absolute().name
-        check(name not in opened, "run.zero_shot", given, f"two folders are {name!r}")
+        check(name not in opened, "run.zero_shot", setting, f"two folders are {name!r}")
         opened[name] = ClassPictures(folder, config.data, None, None)
     return opened
 

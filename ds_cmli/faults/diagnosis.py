@@ -80,8 +80,8 @@ def diagnose(records: Sequence[RankRecord], timeout: float) -> Fault | None:
         if state is not None and state.is_slow and not has_lost:
             limit *= SLOW  # a library that writes a large file may block the other threads
         if record.silent > limit:
-            what = f"no progress for {limit:g} s, dead or stopped"
-            return Fault(rank_line(rank, state, what), EXIT_CODE)
+            reason = f"no progress for {limit:g} s, dead or stopped"
+            return Fault(rank_line(rank, state, reason), EXIT_CODE)
     if len(states) < len(records):
         return None
     suspects = _suspects(states)
@@ -91,13 +91,13 @@ def diagnose(records: Sequence[RankRecord], timeout: float) -> Fault | None:
     if min(records[rank].still for rank in busy) <= limit:
         return None
     suspect = states[suspects[0]]
-    what = f"no progress for {limit:g} s, at {suspect.place}"
+    reason = f"no progress for {limit:g} s, at {suspect.place}"
     if len(suspects) == len(states) > 1:
-        return Fault(f"all ranks: {what}; last step {suspect.step}", EXIT_CODE)
+        return Fault(f"all ranks: {reason}; last step {suspect.step}", EXIT_CODE)
     if suspect.waits:
         num_at = Counter(state.place for state in states if state.place != suspect.place)
-        what += "".join(f", while others are at {place}" for place, _ in num_at.most_common(1))
-    return Fault(rank_line(suspects[0], suspect, what), EXIT_CODE)
+        reason += "".join(f", while others are at {place}" for place, _ in num_at.most_common(1))
+    return Fault(rank_line(suspects[0], suspect, reason), EXIT_CODE)
 
 
 def max_silence(timeout: float, has_lost: bool) -> float:
@@ -105,10 +105,10 @@ def max_silence(timeout: float, has_lost: bool) -> float:
     return min(timeout / 2, MAX_SILENCE_AFTER_LOSS) if has_lost else min(timeout, MAX_SILENCE)
 
 
-def rank_line(rank: int, state: RankState | None, what: str) -> str:
+def rank_line(rank: int, state: RankState | None, reason: str) -> str:
     """Return the sentence about a rank, which has published nothing if `state` is None."""
     node = "?" if state is None else state.node
-    return f"rank {rank} on node {node}: {what}; last step {state.step if state else 0}"
+    return f"rank {rank} on node {node}: {reason}; last step {state.step if state else 0}"
 
 
 def _suspects(states: Sequence[RankState]) -> list[int]:

@@ -95,10 +95,10 @@ class Watchdog:
     @contextmanager
     def slow(self) -> Iterator[None]:
         """Multiply the time limit by `SLOW` inside, for work without heartbeats."""
-        before = self.is_slow
+        was_slow = self.is_slow
         self.is_slow = True
         yield
-        self.is_slow = before
+        self.is_slow = was_slow
 
     @contextmanager
     def counting(self, progress: Callable[[], object]) -> Iterator[None]:
@@ -136,9 +136,9 @@ class Watchdog:
     def _state(self) -> RankState:
         progress = self.progress
         if progress is not None:
-            now = progress()
-            self.num_changes += now != self.last_progress
-            self.last_progress = now
+            current = progress()
+            self.num_changes += current != self.last_progress
+            self.last_progress = current
         waits, place = _position(sys._current_frames().get(self.main_thread))
         return RankState(
             node=this_node(),
@@ -207,15 +207,15 @@ class Watchdog:
             verdict_turn = verdict.turn
             limit = max_silence(self.timeout, bool(self.lost_at))
             if self.is_store_lost and self.lost_at:
-                what = "its process has ended"
+                reason = "its process has ended"
             elif unanswered > limit or (unanswered and silent > limit):
-                what = "its store does not answer"
+                reason = "its store does not answer"
             elif silent > limit and self.rank > 0:
-                what = f"no progress for {limit:g} s, dead or stopped"
+                reason = f"no progress for {limit:g} s, dead or stopped"
             else:
                 continue
             is_deputy = self.rank == min(verdict.deputy, self.num_ranks - 1)
-            line = rank_line(0, RankState(*verdict.root) if verdict.root else None, what)
+            line = rank_line(0, RankState(*verdict.root) if verdict.root else None, reason)
             self._end(Fault(line if is_deputy else "", EXIT_CODE))
 
     def _end(self, fault: Fault) -> None:
