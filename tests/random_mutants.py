@@ -28,7 +28,7 @@ import pytest
 from tests import mutations
 
 ROOT = mutations.ROOT
-MAX_TESTS = 40  # of a line that hundreds of tests execute: the quickest ones
+MAX_TESTS = 80  # of a line that hundreds of tests execute: the quickest ones
 MAX_WHOLE_FILES = 2  # whose other tests are run too
 MIN_SECONDS = 90  # of a mutant's tests; more if they take long without the mistake
 COMPARISONS = {
@@ -273,7 +273,7 @@ def executed(kept: Path, jobs: int) -> Executed:
 
 
 def tests_of(mutant: RandomMutant, recorded: Executed) -> list[str]:
-    """Return the tests that execute the mutant's first line, those of its room and the quickest first.
+    """Return the tests that execute the mutant's first line, those of its module, of its room and the quickest first.
 
     The others of their files follow. A value that several tests look at may be computed once, in the first of them.
     """
@@ -282,7 +282,8 @@ def tests_of(mutant: RandomMutant, recorded: Executed) -> list[str]:
     if not names:  # a line that is executed at an import
         names = [name for name in recorded.durations if name.partition("::")[0] in executing]
     room = "tests/" + mutant.file.removeprefix("ds_cmli/").partition("/")[0].removesuffix(".py")
-    names.sort(key=lambda name: (not name.startswith(room), recorded.durations[name]))
+    of_module = f"{room}/test_{Path(mutant.file).stem}.py"
+    names.sort(key=lambda n: (not n.startswith(of_module), not n.startswith(room), recorded.durations[n]))
     names = names[:MAX_TESTS]
     files = list(dict.fromkeys(name.partition("::")[0] for name in names))[:MAX_WHOLE_FILES]
     others = [name for name in recorded.durations if name.partition("::")[0] in files and name not in names]

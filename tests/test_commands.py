@@ -7,7 +7,7 @@ import sys
 import click
 import pytest
 
-from ds_cmli.commands import exit_code
+from ds_cmli.commands import exit_code, prints
 from ds_cmli.errors import UserError
 from tests.ranks import ROOT, clean_environment, python
 
@@ -28,6 +28,23 @@ def test_a_mistake_is_one_line_and_code_2(error, line, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["command"])
     assert exit_code(command) == 2
     assert capsys.readouterr().err.strip() == f"error: {line}"
+
+
+@pytest.mark.parametrize(
+    "variables, expected",
+    [
+        ({}, True),
+        ({"SLURM_PROCID": "1"}, False),
+        ({"SLURM_PROCID": "0"}, True),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, False),
+    ],
+)
+def test_one_process_prints_for_all_ranks(variables, expected, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert prints() is expected
 
 
 PRINTS = r"""

@@ -109,10 +109,11 @@ def test_each_stage_and_precision_goes_on_at_another(written, before, after, fp1
 
 
 @pytest.mark.slow
-def test_a_run_goes_from_stage_2_to_3_to_1(written, source, tmp_path):
+def test_a_run_goes_from_stage_2_to_3_to_1(written, source, tmp_path, capfd):
     saved = trained(tmp_path / "3", (3, "bf16"), *written((2, "bf16"))[0], saved_at=4)
     go_on = ["--resume", f"{tmp_path}/3/run/checkpoint/step4", "--resume-with-changes", "--steps", "6"]
     loaded = trained(tmp_path / "1", (1, "bf16"), *source, *go_on)
+    assert capfd.readouterr().out.count("from 1 ranks to 1: through a universal checkpoint") == 2
     for kind in ("weights", "averages", "moments"):
         assert all(torch.equal(loaded[kind][name], value) for name, value in saved[kind].items()), kind
 

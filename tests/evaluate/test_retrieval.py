@@ -60,9 +60,13 @@ def test_ranks_share_the_work_and_agree_with_one_process(tmp_path, monkeypatch):
 
 def test_training_mode_and_random_numbers_stay_as_they_were():
     model, scenes = untrained()
+    for dropout in [module for module in model.module.modules() if isinstance(module, torch.nn.Dropout)]:
+        dropout.p = 0.5
+    expected, _ = evaluate_split(model, scenes)
     model.module.train()
     before = torch.random.get_rng_state()
-    _, own = evaluate_split(model, scenes)
+    figures, own = evaluate_split(model, scenes)
+    assert figures == expected, "an evaluation has dropout"
     match_maps(own, model.tokenizer, model.student.grid, 2)
     assert model.module.training and torch.equal(before, torch.random.get_rng_state())
 

@@ -14,6 +14,7 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.libraries import silence
 from ds_cmli.memory import out_of_memory
+from ds_cmli.memory.categories import TrainingRecorder
 from ds_cmli.memory.inputs import longest_batch
 from ds_cmli.memory.report import CATEGORIES, PHASES, summarise
 from ds_cmli.memory_model.caching_allocator import Event
@@ -65,6 +66,17 @@ def test_peaks_and_categories_by_hand():
     assert figures.totals == {"requested": 210}
     # What lived when a phase began counts: backward starts at 130 and reaches 150.
     assert figures.phases == {"init": 100, "forward": 180, "loss": 0, "backward": 150, "optimizer": 210}
+
+
+def test_what_forward_leaves_and_the_losses_free_is_no_temporary():
+    """Forward and losses are one segment, at whose end blocks that are freed inside count as temporaries."""
+    recorder = TrainingRecorder("cpu")
+    segments = []
+    recorder.phase = "forward"
+    for phase in ("loss", "backward", "loss"):
+        recorder.begin(phase)
+        segments.append(recorder.segment)
+    assert segments == [0, 1, 2]
 
 
 def train_in(folder: str, limited: str, megabytes: str) -> None:

@@ -36,6 +36,10 @@ def test_one_that_is_not_listed_is_given_by_its_size():
     gpu = gpus.chosen(None, "48GB", "8.9")
     assert (gpu.total.bytes, gpu.capability) == (48 * 10**9, (8, 9))
     assert (gpu.multiprocessors, gpu.threads, gpu.shared) == (142, 1536, 99 * 1024)
+    threads = {
+        capability: gpus.chosen(None, "48GB", capability).threads for capability in ("7.5", "8.0", "8.6", "12.0")
+    }
+    assert threads == {"7.5": 1024, "8.0": 2048, "8.6": 1536, "12.0": 1536}
     assert gpu.cublas_bytes() == gpus.find("L40S").cublas_bytes() and gpu.outside(2) == 950 * M
     assert gpus.chosen(None, None, None) is None and gpus.chosen("A10G", None, None) == gpus.find("A10G")
 

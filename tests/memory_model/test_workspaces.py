@@ -109,6 +109,10 @@ def test_the_embedding_s_backward():
     assert bytes_held.after[-1] == (32_768, 32_768, 32_768, 8, 14_696, 14_696, 8, 17_968, 3_449_856)
     sorting = held(aten.embedding_dense_backward.default, *arguments, gpu=H100).before[0]
     assert sorting == (32_768, 32_768, 32_768, 71_167)
+    # A block sorts 3,840 keys, so 7,681 take three.
+    grad, indices = empty(7681, 384), torch.empty(7681, dtype=torch.int64, device="meta")
+    sorting = held(aten.embedding_dense_backward.default, grad, indices, 255, -1, False).before[0]
+    assert sorting[-1] == 256 * 8 + 3 * 1024 + 256 + 255
 
 
 def test_many_short_rows_of_a_layer_norm():
