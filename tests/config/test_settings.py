@@ -133,8 +133,10 @@ def test_what_a_resumed_run_must_have_kept():
     before = of(1, {"demo": "abc"})
     free = {"run": {"output_dir": "x", "match_maps": 2}, "data": {"workers": 3}}
     assert list(setting_changes(before, of(1, {"demo": "abc"}, **free))) == []
-    now = of(2, {"demo": "abc", "b": "c"}, optim={"lr": 2}, run={"seed": 1}, student={"lora": {"text": ["q"]}})
+    changes = {"optim": {"lr": 2}, "run": {"seed": 1}, "student": {"lora": {"text": ["q"]}}}
+    now = of(2, {"demo": "abc", "b": "c"}, data={"caption_weights": {"text": 1}}, **changes)
     assert list(setting_changes(before, now)) == [
+        'data.caption_weights: null -> {"text": 1.0}',
         "deepspeed.zero_optimization.stage: 1 -> 2",
         "optim.lr: 0.001 -> 2.0",
         "run.seed: 0 -> 1",

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import datasets
 import pytest
 
-from ds_cmli.config.comparison import setting_changes, settings_to_keep
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.build import build_data
 from ds_cmli.data.pairs import BadSamples, loader
@@ -31,25 +30,19 @@ def folders(tmp_path_factory):
 
 def in_columns(folder, name):
     """Pictures with captions in two columns; the first lacks a short one, and the second a long one."""
+    form = name.rpartition(".")[-1]
     rows = [{"short": f"short {n}", "long": f"long {n}"} for n in range(20)]
     rows[0]["short"] = ""
     rows[1]["long"] = None
-    if name.endswith(".tar"):
-        members = [
-            [(f"{n:02}.png", make.png(n)), (f"{n:02}.json", json.dumps(row).encode())] for n, row in enumerate(rows)
-        ]
+    if form == "tar":
+        members = [((f"{n:02}.png", make.png(n)), (f"{n:02}.json", json.dumps(rows[n]).encode())) for n in range(20)]
         make.shard(folder / name, chain(*members))
-    elif name.endswith(".parquet"):
-        datasets.Dataset.from_list([{"image": make.png(n), **row} for n, row in enumerate(rows)]).to_parquet(
-            folder / name
-        )
-    else:
-        make.pictures(folder, *(f"{n}.png" for n in range(20)))
-        cells = [{"image": f"{n}.png", **row} for n, row in enumerate(rows)]
-        lines = map(json.dumps, cells)
-        if name.endswith(".csv"):
-            lines = ["image,short,long", *(",".join(text or "" for text in row.values()) for row in cells)]
-        (folder / name).write_text("\n".join(lines))
+        return
+    make.pictures(folder, *(f"{n}.png" for n in range(20)))
+    images = [make.png(n) if form == "parquet" else f"{n}.png" for n in range(20)]
+    table = datasets.Dataset.from_list(rows).add_column("image", images)
+    write = {"csv": table.to_csv, "jsonl": table.to_json, "parquet": table.to_parquet}[form]
+    write(folder / name)
 
 
 WEIGHTS = {"short": 0.3, "long": 0.7}
@@ -128,20 +121,6 @@ def test_captions_are_drawn_by_the_weights_of_their_columns(tmp_path, form):
     assert [long_alone.train[Draw(n, 7)].tokens.text for n in range(20)] == [texts[7] for texts in drawn]
     assert len(opened.evals["val"].rows) == 38
     assert [text for _, text in long_alone.evals["val"].rows] == [f"long {n}" for n in range(20) if n != 1]
-
-
-def test_other_weights_of_captions_are_a_change_of_the_run():
-    equal = {"short": 0.5, "long": 0.5}
-    before, same, other, none = (
-        settings_to_keep(make.config(data={"caption_weights": weights}), {})
-        for weights in (WEIGHTS, REVERSED, equal, None)
-    )
-    assert not list(setting_changes(before, same))
-    assert list(setting_changes(before, other)) == [
-        "data.caption_weights.long: 0.7 -> 0.5",
-        "data.caption_weights.short: 0.3 -> 0.5",
-    ]
-    assert list(setting_changes(none, before)) == ['data.caption_weights: null -> {"long": 0.7, "short": 0.3}']
 
 
 def test_all_samples_bad_is_an_error(tmp_path):
