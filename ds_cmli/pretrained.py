@@ -34,8 +34,8 @@ def loading(hub: bool, name: str = "") -> Iterator[None]:
     disable_progress_bar()
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"))
-        for name in ("huggingface_hub", "timm", "transformers"):
-            logger = logging.getLogger(name)
+        for library in ("huggingface_hub", "timm", "transformers"):
+            logger = logging.getLogger(library)
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
         is_fetched = hub and bool(name) and stack.enter_context(fetched_on_this_node(name))

@@ -110,11 +110,11 @@ def evaluation_data(config: DataConfig, name: str) -> DataConfig:
     """
     train_names, _ = split_weights(config.source)
     path = _real_path(name)
-    train_paths = {_real_path(one) for one in train_names}
-    if config.val_source or path not in train_paths:
+    is_trained_on = path in map(_real_path, train_names)
+    if config.val_source or not is_trained_on:
         # An empty name is not a path: it would be the present folder.
-        own_paths = train_paths | {_real_path(one) for one in (config.val_source,) if one}
-        if path not in own_paths:
+        is_validation = config.val_source and path == _real_path(config.val_source)
+        if not is_trained_on and not is_validation:
             config = replace(
                 config, image_root="", image_key="", caption_key="", caption_weights=None
             )

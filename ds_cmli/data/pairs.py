@@ -122,37 +122,40 @@ class Images:
     def __len__(self) -> int:
         return self.starts[-1]
 
+    def source_number(self, index: int) -> int:
+        return bisect_right(self.starts, index) - 1
+
     def at(self, index: int) -> tuple[Source, int]:
         """Return an image's source, and its index there."""
-        number = bisect_right(self.starts, index) - 1
+        number = self.source_number(index)
         source, indices = self.sources[number]
         return source, int(indices[index - self.starts[number]])
 
     def name(self, index: int) -> str:
         source, place = self.at(index)
-        source_name = self.names[bisect_right(self.starts, index) - 1]
-        return f"{source_name}: {source.name(place)}" if len(self.names) > 1 else source.name(place)
+        prefix = f"{self.names[self.source_number(index)]}: " if len(self.names) > 1 else ""
+        return prefix + source.name(place)
 
     def prefetch(self, indices: Sequence[int] | np.ndarray) -> None:
         """Announce images that are read soon to those sources that fetch them."""
         for number, (source, share) in enumerate(self.sources):
-            first, end = self.starts[number : number + 2]
             if hasattr(source, "prefetch"):
+                first, end = self.starts[number : number + 2]
                 places = [int(share[index - first]) for index in indices if first <= index < end]
                 source.prefetch(places)
 
-    def captions(self, index: int, column: str = "") -> list[tuple[str, str]]:
+    def captions(self, index: int, only_column: str = "") -> list[tuple[str, str]]:
         """Return an image's captions that are not blank, each after its column, "" if it has none.
 
-        Args:
-            column: of the captions that are wanted, if those of the source have columns; "": all.
+        Raises ValueError if there are none. Captions without a column are in each `only_column`.
         """
         source, place = self.at(index)
         captions: list[tuple[str, str]] = []
         for caption in source.captions(place):
-            of_column, text = caption if isinstance(caption, tuple) else ("", caption)
-            if text and text.strip() and (not column or of_column in ("", column)):
-                captions.append((of_column, text))
+            column, text = caption if isinstance(caption, tuple) else ("", caption)
+            is_wanted = not only_column or column in ("", only_column)
+            if is_wanted and text and text.strip():
+                captions.append((column, text))
         if not captions:
             raise ValueError("empty caption")
         return captions
@@ -177,8 +180,8 @@ class TrainPairs(Dataset):
 
     def __getitem__(self, at: int | Draw) -> Sample:
         index, turn = at if isinstance(at, Draw) else Draw(at)
-        source = bisect_right(self.images.starts, index)
-        first, end = self.images.starts[source - 1 : source + 1]
+        number = self.images.source_number(index)
+        first, end = self.images.starts[number : number + 2]
         bad: list[Bad] = []
         tries = min(MOST_TRIES, end - first)
         offset = 0
@@ -193,9 +196,9 @@ class TrainPairs(Dataset):
                 bad.append((self.images.name(stand_in), described(error)))
                 # A lost shard is passed over whole.
                 offset += error.num_samples if isinstance(error, LostShard) else 1
-        (first_bad,) = told(bad[:1])
-        where = f"from {first_bad} on"
-        raise UserError(f"{tries} samples in a row cannot be used, {where}: mend or remove them")
+        name, reason = bad[0]
+        problem = f"{tries} samples in a row cannot be used, from {name} ({reason}) on"
+        raise UserError(f"{problem}: mend or remove them")
 
     def _pair(self, index: int, turn: int) -> Sample:
         tokens = self.tokenizer(self._caption(index, turn))
@@ -225,11 +228,12 @@ class EvalPairs:
         self.view = View.of(config)
         self.bad = list[Bad]()  # images whose captions cannot be read, and which are left out
         self.rows: list[tuple[int, str]] = []  # image and text of each caption
-        column = config.caption_key if config.caption_weights else ""
+        only_column = config.caption_key if config.caption_weights else ""
         images.prefetch(range(len(images)))
         for index in range(len(images)):
             try:
-                self.rows += [(index, text) for _, text in images.captions(index, column)]
+                captions = images.captions(index, only_column)
+                self.rows += [(index, text) for _, text in captions]
             except UserError:
                 raise
             except Exception as error:
