@@ -82,7 +82,7 @@ def command(only, preset, gpu_memory, sm, json_path, markdown_path, **sizes) -> 
     silence()
     import torch
 
-    from ds_cmli.fake_cuda.entered import guard
+    from ds_cmli.fake_cuda.device import guard
     from ds_cmli.memory import step_memory
     from ds_cmli.memory.progress import Progress
     from profiling.memory import measure, steps

@@ -1,4 +1,4 @@
-"""What a training step's memory is for: the recorder's blocks by phase and category.
+"""The purpose of a training step's memory: the recorder's blocks by phase and category.
 
 A table of owners is read three times in a step: when the engine is built, when all gradients exist,
 and when the weights have been updated. Blocks that nobody owned then are named after what allocated
@@ -33,7 +33,7 @@ GRADIENTS = (
 # Functions in these files stand between an operator and the code that calls it; the second one is
 # `functional.linear` under ZeRO-3.
 BETWEEN = ("/torch/", "/fake_cuda/", "deepspeed/runtime/zero/linear.py", __file__)
-# What code in these files allocates, and nobody owns.
+# Categories of what code in these files allocates, and nobody owns.
 OF_FILES = {
     "ds_cmli/cmli/op.py": "CMLI op",
     "ds_cmli/cmli/sides.py": "CMLI op",
@@ -47,8 +47,10 @@ OF_FILES = {
 
 def owners(train_engine: TrainEngine) -> Iterator[tuple[str, object]]:
     """Yield (category, tensors in nestings); the first category of a storage is right."""
-    engine, teacher = train_engine.engine, train_engine.teacher
-    module, optimizer, inner = engine.module, engine.optimizer, engine.basic_optimizer
+    teacher = train_engine.teacher
+    module = train_engine.engine.module
+    optimizer = train_engine.engine.optimizer
+    inner = train_engine.engine.basic_optimizer
 
     def attributes(names: str) -> list[object]:
         return [getattr(optimizer, name, None) for name in names.split()]
@@ -84,7 +86,8 @@ class TrainingRecorder(Recorder):
     @contextmanager
     def attach(self, train_engine: TrainEngine) -> Iterator[None]:
         """Inside, follow the phases of the engine's steps, and read what it owns."""
-        self.train_engine, self.last_of_init = train_engine, self.segment
+        self.train_engine = train_engine
+        self.last_of_init = self.segment
 
         def before_student(*_: object) -> None:
             if self.phase != "forward":  # gradient caching runs several, with no update between
@@ -110,14 +113,16 @@ class TrainingRecorder(Recorder):
         if phase in ("forward", "optimizer"):  # the weights are updated; all gradients exist
             for category, held in owners(self.train_engine):
                 self.claim(category, tree_leaves(held))
-        # What ends in the segment of its allocation was temporary. Forward and losses are one.
+        # Blocks that end in the segment of their allocation were temporary. Forward and losses
+        # are one segment.
         self.segment += not (self.phase == "forward" and phase == "loss")
-        self.phase, self.recomputing = phase, False
+        self.phase = phase
+        self.recomputing = False
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
         """A phase of the step, or what allocations inside belong to."""
-        before = self.scoped
+        previous = self.scoped
         if name in AFTER:
             self.begin(name)
         else:
@@ -125,7 +130,7 @@ class TrainingRecorder(Recorder):
         try:
             yield
         finally:
-            self.scoped = before
+            self.scoped = previous
             if name in AFTER:
                 self.begin(AFTER[name])
 
@@ -135,18 +140,18 @@ class TrainingRecorder(Recorder):
         if category is None or category == "temporaries":
             file = self._allocating()
             names = [name for part, name in OF_FILES.items() if part in file]
-            # What stays of an engine's construction is known by its owners.
+            # Owners know the blocks that stay of an engine's construction.
             if names and (self.phase != "init" or names[0] == "ZeRO buckets"):
                 self.by_file[len(self.blocks)] = names[0]
         return super()._begin(size, category, op)
 
     def category(self, number: int) -> str:
         block = self.blocks[number]
-        known = block.category
-        if known is None or known == "temporaries":
-            known = self.by_file.get(number, known)
-        if known is not None:
-            return known
+        category = block.category
+        if category is None or category == "temporaries":
+            category = self.by_file.get(number, category)
+        if category is not None:
+            return category
         temporary = block.ended == block.segment
         if (block.phase in ("forward", "loss") or block.recomputed) and not temporary:
             return "activations student"

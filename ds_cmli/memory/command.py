@@ -6,7 +6,6 @@ downloads nothing. It takes the options of train.py.
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -67,7 +66,9 @@ def command(deepspeed_config: str, settings: Sections, **options: Any) -> int:
             import matplotlib  # noqa: F401
         if not chosen.plot.endswith((".png", ".svg", ".pdf")):
             raise UserError(f"--plot is {chosen.plot!r}: end its name in .png, .svg or .pdf")
-        check_writable(chosen.plot)
+    for path in (chosen.plot, chosen.snapshot, chosen.json_path):
+        if path:
+            check_writable(path)
     config = load_preset(None, settings)
     silence()
     ds_config = DeepSpeedConfig.load(deepspeed_config)
@@ -78,13 +79,14 @@ def command(deepspeed_config: str, settings: Sections, **options: Any) -> int:
     if chosen.snapshot:
         from ds_cmli.memory_model import snapshot
 
-        write(chosen.snapshot, "--snapshot", lambda: snapshot.write(report.events, chosen.snapshot))
+        with blame("--snapshot"):
+            snapshot.write(report.events, chosen.snapshot)
     if chosen.plot:
-        write(chosen.plot, "--plot", lambda: plot(report, chosen.plot))
+        with blame("--plot"):
+            plot(report, chosen.plot)
     if chosen.json_path:
-        path = Path(chosen.json_path)
-        text = json.dumps(report.to_dict(), indent=2) + "\n"
-        write(chosen.json_path, "--json", lambda: path.write_text(text))
+        with blame("--json"):
+            Path(chosen.json_path).write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     return 0 if fits else 3
 
 
@@ -159,19 +161,19 @@ def default_gpu() -> str:
 def sentence(report: Report, gpu: Gpu) -> str:
     """Answer in one sentence whether the step fits on `gpu`."""
     total = gpu.total.bytes
-    needed_bytes = report.totals["device"]
-    needed, available = gigabytes(needed_bytes, total)
+    occupied = report.totals["device"]
+    occupied_gb, available = gigabytes(occupied, total)
     digits = len(available.partition(".")[2])
-    (difference,) = gigabytes(abs(needed_bytes - total), digits=digits)
+    (difference,) = gigabytes(abs(occupied - total), digits=digits)
     setting = report.setting
     step = f"micro-batch {setting['micro_batch']} with ZeRO-{setting['zero_stage']}"
     step += f" over {setting['world_size']} GPUs"
     if setting.get("rank"):
         step += f" (rank {setting['rank']}, which needs the most)"
-    needs = f"{step} needs {needed} GB"
+    needs = f"{step} needs {occupied_gb} GB"
     if report.margin:
         needs += f" ({report.margin})"
-    if needed_bytes > total:
+    if occupied > total:
         verdict = f"does not fit on a {gpu.name} ({available} GB), by {difference} GB"
         return f"{needs} and {verdict}: --fit {gpu.name!r} finds what does"
     left = f"{difference} GB are left{by_retries(report.retries)}"
@@ -195,22 +197,14 @@ def fit_sentence(found: "LargestBatch", room: int) -> str:
 
 def meant(fit: str, room: int, fitted_gpu: str, gpu: Gpu, report: Report) -> str:
     """Say what --fit was taken for, and how much of it tensors can have."""
-    outside = report.totals["device"] - report.totals["reserved"]
-    usable = max(room - outside, 0)
-    rest = "CUDA's context"
+    usable = max(room - (report.totals["device"] - report.totals["reserved"]), 0)
+    overhead = "CUDA's context"
     if report.setting["world_size"] > 1:
-        rest = "CUDA's context and NCCL"
-    left = f"{usable:,} B of them for tensors, the rest is {rest} as on a {gpu.name}"
+        overhead += " and NCCL"
+    left = f"{usable:,} B of them for tensors, the rest is {overhead} as on a {gpu.name}"
     if fitted_gpu:
         return f"--fit {fit!r} means the {room:,} B that a {fitted_gpu} has: {left}"
     return f"--fit {fit!r} means {room:,} B of a GPU: {left}"
-
-
-def write(path: str, setting: str, function: Callable[[], object]) -> None:
-    try:
-        function()
-    except OSError as error:
-        raise UserError(f"{setting} is {path!r}: cannot write there: {error.strerror}") from None
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import MINILM_SIZES
 from ds_cmli.config.schema import Config
 from ds_cmli.data.pairs import Batch
@@ -18,27 +17,14 @@ from ds_cmli.models.encoders import changed_fields, family
 FAMILY_SIZES = ("bert", "bert-base-uncased", "bert-base-cased", "roberta", "roberta-base")
 
 
-class NotPredictable(UserError):
-    """A setting that can be trained, but whose memory cannot be predicted."""
-
-
-def check_predictable(ds_config: DeepSpeedConfig) -> None:
-    """Raise `NotPredictable` for what DeepSpeed does by the values of tensors."""
-    device = (ds_config["zero_optimization"].get("offload_param") or {}).get("device", "none")
-    if device != "none":
-        raise NotPredictable(
-            f"zero_optimization.offload_param.device is {device!r}: it cannot be predicted: leave "
-            "it out"
-        )
-
-
 def without_weights(config: Config) -> tuple[Config, int]:
-    """The configuration with random weights of the same sizes, and the size of the vocabulary.
+    """Return the configuration with random weights of the same sizes, and the vocabulary's size.
 
-    It is without compilation. Raises `NotPredictable` for a text model whose sizes are neither
-    known here, nor given, nor on this machine.
+    It is without compilation. Raises `UserError` for a text model whose sizes are neither known
+    here, nor given, nor on this machine.
     """
-    student, data = replace(config.student, source=""), config.data
+    student = replace(config.student, source="")
+    data = config.data
     vocab_size = None
     if student.source_config:
         vocab_size = 0  # its text encoder has its own table
@@ -59,7 +45,7 @@ def without_weights(config: Config) -> tuple[Config, int]:
             student = replace(student, text_model=encoder.model_type, text_overrides=overrides)
         except Exception:
             if source not in FAMILY_SIZES and "hidden_size" not in student.text_overrides:
-                raise NotPredictable(
+                raise UserError(
                     f"student.text_model is {source!r}: its sizes are not known without a download:"
                     " give them in student.text_overrides, or start it once"
                 ) from None
@@ -76,12 +62,14 @@ def without_weights(config: Config) -> tuple[Config, int]:
 
 
 def longest_batch(config: Config, micro_batch: int, positions: int | None = None) -> Batch:
-    """A batch of constants in the shapes of the largest batch, with texts of `positions`.
+    """Return a batch of constants in the shapes of the largest batch, with texts of `positions`.
 
     Its tensors are fake inside a `FakeTensorMode`, otherwise real. All texts are full but the
     first: it lacks a token.
     """
-    B, M, S = micro_batch, positions or config.data.context_length, config.data.image_size
+    B = micro_batch
+    M = positions or config.data.context_length
+    S = config.data.image_size
     attention_mask = torch.ones(B, M, dtype=torch.bool)
     attention_mask[0, -1] = config.data.padding == "full"
     token_mask = attention_mask.clone()

@@ -34,11 +34,10 @@ PHRASES = (
     "out of memory",
     "ALLOC_FAILED",
 )
-UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Whether an exception says that the memory of the GPU or of this process was not enough."""
+    """Return True if an exception says that the GPU or this process had too little memory."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     if isinstance(error, OSError):
@@ -81,8 +80,9 @@ def ending(folder: Path, device: torch.device, raises: bool = False) -> Iterator
 
 
 def held(engines: list[TrainEngine], device: torch.device) -> dict[str, int]:
-    """Bytes by category of what the engine holds on the device, and on a GPU of all else there."""
-    sizes, seen = Counter[str](), set[int]()
+    """Return the bytes of what the engine holds on the device, and on a GPU of all else there."""
+    sizes = Counter[str]()
+    seen = set[int]()
     for engine in engines:
         for category, tensors in owners(engine):
             for tensor in tree_leaves(tensors):
@@ -92,13 +92,13 @@ def held(engines: list[TrainEngine], device: torch.device) -> dict[str, int]:
                         seen.add(storage._cdata)
                         sizes[category] += storage.nbytes()
     if device.type == "cuda":
-        rest = torch.cuda.memory_allocated(device) - sizes.total()
-        sizes["activations and all else"] = max(rest, 0)
+        unowned = torch.cuda.memory_allocated(device) - sizes.total()
+        sizes["activations and all else"] = max(unowned, 0)
     return dict(sizes)
 
 
 def fit_options(device: torch.device) -> str:
-    """The options of ds-cmli-memory that mean this GPU."""
+    """Return the options of ds-cmli-memory that mean this GPU."""
     try:
         return f"--fit {shlex.quote(gpus.find(torch.cuda.get_device_name(device)).name)}"
     except UserError:
@@ -108,15 +108,16 @@ def fit_options(device: torch.device) -> str:
 
 
 def message(error: BaseException, sizes: dict[str, int], fit: str, options: str) -> str:
-    """The failed request, the categories that hold memory, largest first, and a command to run.
+    """Name the failed request, the categories that hold memory, largest first, and a command.
 
     Args:
         fit, options: those of the GPU and of the run, for the command that finds what fits.
     """
-    size = re.search(r"tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", str(error), re.IGNORECASE)
-    rank = f"out of memory: rank {distributed.rank()}"
-    asked = f" asked for {int(float(size[1]) * UNITS[size[2]]):,} B" if size else ""
-    lines = [f"{rank}{asked}"]
+    lines = [f"out of memory: rank {distributed.rank()}"]
+    size = re.search(r"tried to allocate ([\d.]+ [a-z]+)", str(error), re.IGNORECASE)
+    requested = gpus.parse_bytes(size[1]) if size else None
+    if requested is not None:
+        lines[0] += f" asked for {requested:,} B"
     for category, n in sorted(sizes.items(), key=lambda item: -item[1]):
         if n:
             lines.append(f"{category:<24} {n:>16,} B")

@@ -24,7 +24,8 @@ if TYPE_CHECKING:  # these take seconds to import, and options are checked befor
     from ds_cmli.memory.step_memory import Step
     from ds_cmli.memory_model.gpus import Gpu
 
-FILE, SNAPSHOT = "memory.json", "memory-snapshot.pickle"
+FILE = "memory.json"
+SNAPSHOT = "memory-snapshot.pickle"
 AfterStep = Callable[[], None]  # called at the end of each step of the training loop
 
 
@@ -39,13 +40,14 @@ class Profiles:
         Raises:
             UserError: no start of this run could record a profile, or both profiles are requested.
         """
-        trace, memory = self.trace, self.memory
+        trace = self.trace
+        memory = self.memory
         if memory is not None and not 1 <= memory <= total_steps:
-            what = f"give 1 to {total_steps} steps of the training; 2 see the peak"
-            raise UserError(f"--profile-memory is {memory}: {what}")
+            remedy = f"give 1 to {total_steps} steps of the training; 2 see the peak"
+            raise UserError(f"--profile-memory is {memory}: {remedy}")
         if memory is not None and trace is not None:
-            both = f"--profile-memory is {memory} and --profile is {trace!r}"
-            raise UserError(f"{both}: both take the profiler, give one")
+            given = f"--profile-memory is {memory} and --profile is {trace!r}"
+            raise UserError(f"{given}: both take the profiler, give one")
         if trace is not None and parse_steps(trace, total_steps)[0] <= done:
             say(f"--profile {trace} is left out: the training goes on at step {done + 1}")
             trace = None
@@ -88,11 +90,11 @@ def parse_steps(text: str, total_steps: int, done: int = 0) -> tuple[int, int]:
     """
     first, colon, last = text.partition(":")
     if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        what = "give the first and the last step, from 1, for instance 3:5"
-        raise UserError(f"--profile is {text!r}: {what}")
+        remedy = "give the first and the last step, from 1, for instance 3:5"
+        raise UserError(f"--profile is {text!r}: {remedy}")
     if not done < int(first) <= int(last) <= total_steps:
-        what = f"give some of the steps {done + 1} to {total_steps} of this training"
-        raise UserError(f"--profile is {text!r}: {what}")
+        remedy = f"give some of the steps {done + 1} to {total_steps} of this training"
+        raise UserError(f"--profile is {text!r}: {remedy}")
     return int(first), int(last)
 
 
@@ -151,10 +153,14 @@ def profiling_memory(
     from ds_cmli.memory.report import summarise
     from ds_cmli.memory.step_memory import Step, present_gpu, statistics
 
-    device, done, longest = train_engine.device, 0, 0
+    device = train_engine.device
+    done = 0
+    longest = 0  # positions of the texts
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else "CPU"
-    recorder, content, measuring = TrainingRecorder(device.type), JsonObject(), ExitStack()
+    recorder = TrainingRecorder(device.type)
+    content = JsonObject()
+    measuring = ExitStack()
     setting = {"preset": config.run.preset, "steps": steps, "gpu": name}
     setting["world_size"] = distributed.world_size()
 
@@ -216,18 +222,24 @@ def differences(predicted: JsonObject, measured: JsonObject) -> JsonObject:
     for part in ("totals", "phases", "categories"):
         out[part] = {}
         for name in predicted[part].keys() & measured[part].keys():
-            ours, theirs = predicted[part][name], measured[part][name]
-            ratio = {"ratio": ours / theirs} if theirs else {}
-            out[part][name] = {"bytes": ours - theirs, **ratio}
+            expected = predicted[part][name]
+            counted = measured[part][name]
+            out[part][name] = {"bytes": expected - counted}
+            if counted:
+                out[part][name]["ratio"] = expected / counted
     return out
 
 
-def record_history(most: int = 100_000) -> None:
-    """Keep the last `most` actions of CUDA's allocator from now on, without stacks, which cost
-    time at every allocation."""
+def record_history(max_actions: int = 100_000) -> None:
+    """Keep the last actions of CUDA's allocator from now on.
+
+    They are without stacks, which cost time at every allocation.
+    """
     import torch
 
-    torch.cuda.memory._record_memory_history(context=None, max_entries=most, clear_history=True)
+    torch.cuda.memory._record_memory_history(
+        context=None, max_entries=max_actions, clear_history=True
+    )
 
 
 def _write(path: Path, content: JsonObject) -> None:

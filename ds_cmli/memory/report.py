@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ds_cmli.errors import blame
 from ds_cmli.files import JsonObject
 from ds_cmli.memory_model.caching_allocator import Event
 
@@ -68,7 +67,7 @@ class Report:
 
     @property
     def margin(self) -> str:
-        """How much more than predicted the allocator may reserve, in words; "": not more."""
+        """Say how much more than predicted the allocator may reserve; "": not more."""
         predicted = self.source == "predicted"
         return ZERO_3_MARGIN if predicted and self.setting.get("zero_stage") == 3 else ""
 
@@ -205,5 +204,4 @@ def plot(report: Report, path: str) -> None:
         "bbox_to_anchor": (1, 0.5),
     }
     axis.legend(handles[::-1], labels[::-1], frameon=False, **legend)
-    with blame(f"--plot {path}"):
-        figure.savefig(path)
+    figure.savefig(path)

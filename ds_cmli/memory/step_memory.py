@@ -20,10 +20,10 @@ from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.messages import check
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.fake_cuda.entered import fake_cuda
+from ds_cmli.fake_cuda.device import fake_cuda
 from ds_cmli.files import JsonObject, Section
 from ds_cmli.memory.categories import TrainingRecorder
-from ds_cmli.memory.inputs import check_predictable, longest_batch, without_weights
+from ds_cmli.memory.inputs import longest_batch, without_weights
 from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory_model import gpus
 from ds_cmli.memory_model.caching_allocator import OutOfMemory, replay
@@ -137,7 +137,11 @@ def predicted(step: Step, gpu: Gpu, limit: int = 1 << 44) -> Report:
         RuntimeError: a process group is already initialised.
     """
     check(step.world_size >= 1, "--world-size", step.world_size, "give at least 1 rank")
-    check_predictable(DeepSpeedConfig.of(step.ds_config))
+    # DeepSpeed moves such parameters by the values of tensors.
+    zero = DeepSpeedConfig.of(step.ds_config)["zero_optimization"]
+    offloaded = (zero.get("offload_param") or {}).get("device", "none")
+    remedy = "it cannot be predicted: leave it out"
+    check(offloaded == "none", "zero_optimization.offload_param.device", offloaded, remedy)
     recorder = TrainingRecorder(gpu=gpu)
     communicators = 0
 
@@ -206,11 +210,11 @@ def predicted_worst(step: Step, gpu: Gpu, limit: int = 1 << 44, rank: int | None
 
     last = step.world_size - 1
     report = predicted(replace(step, rank=last, built=read), gpu, limit)
-    most = max(range(step.world_size), key=held.__getitem__)
-    if held[most] <= held[last]:
+    fullest = max(range(step.world_size), key=held.__getitem__)
+    if held[fullest] <= held[last]:
         return report
-    other = predicted(replace(step, rank=most), gpu, limit)
-    return max(report, other, key=lambda each: each.totals["device"])
+    second = predicted(replace(step, rank=fullest), gpu, limit)
+    return max(report, second, key=lambda candidate: candidate.totals["device"])
 
 
 def statistics(device: torch.device) -> dict[str, int]:
@@ -241,7 +245,7 @@ def present_gpu(device: torch.device) -> Gpu:
 
 
 def gpu_bytes(device: torch.device) -> int | None:
-    """The bytes that this process occupies on the GPU by NVML's count; None if it has none."""
+    """Return the bytes that this process occupies on the GPU; None if NVML does not count them."""
     import pynvml
 
     try:
@@ -252,15 +256,7 @@ def gpu_bytes(device: torch.device) -> int | None:
         pynvml.nvmlShutdown()
     except pynvml.NVMLError:
         return None
-    return own_bytes({process.pid: process.usedGpuMemory for process in processes}, os.getpid())
-
-
-def own_bytes(used: dict[int, int | None], pid: int) -> int | None:
-    """The entry of `used` for this process.
-
-    In a container NVML may list another process id: a single entry is then taken to be this
-    process's.
-    """
-    if pid in used:
-        return used[pid]
-    return next(iter(used.values())) if len(used) == 1 else None
+    used = {process.pid: process.usedGpuMemory for process in processes}
+    if len(used) == 1:  # this process, of which NVML may list another id in a container
+        return next(iter(used.values()))
+    return used.get(os.getpid())

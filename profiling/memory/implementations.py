@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_cmli.cmli import cmli_scores
-from ds_cmli.fake_cuda.entered import fake_cuda
+from ds_cmli.fake_cuda.device import fake_cuda
 from ds_cmli.fake_cuda.recorder import Recorder
 from ds_cmli.fake_cuda.streams import Stream
 from ds_cmli.losses.target_cmli import match_patches

@@ -1,5 +1,7 @@
 """The fake CUDA device by small programs: sizes by hand, or of PyTorch's own allocator on the null GPU."""
 
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ds_cmli.errors import UserError
-from ds_cmli.fake_cuda.entered import fake_cuda, guard
+from ds_cmli.fake_cuda.device import fake_cuda, guard
 from ds_cmli.fake_cuda.recorder import Recorder
 from ds_cmli.memory.step_memory import _alone
 from ds_cmli.memory_model import gpus
@@ -34,6 +36,11 @@ def test_torch_finds_a_gpu_inside_and_none_outside():
             x = torch.ones(4, 4, device="cuda", requires_grad=True)
             (x @ x).sum().backward()
             assert x.grad.device == torch.device("cuda", 0)
+            cycle = [x]
+            cycle.append(cycle)
+            tensor = weakref.ref(x)
+            del cycle, x
+        assert tensor() is None, "an engine, which is part of a reference cycle, outlives its prediction"
         assert not torch.cuda.is_available()
         x = torch.ones(2, requires_grad=True)
         (x * 2).sum().backward()

@@ -233,7 +233,7 @@ def test_the_rank_that_needs_the_most_is_predicted():
 
 
 def report(stage: int = 2, source: str = "predicted", device: int = 24 * 10**9) -> Report:
-    setting = {"world_size": 8, "rank": 0, "micro_batch": 64, "zero_stage": stage, "checkpointing": True}
+    setting = {"world_size": 8, "rank": 0, "micro_batch": 64, "zero_stage": stage, "checkpointing": stage == 2}
     setting |= {"losses": ["global", "cmli"]}
     totals = {"requested": 20 * 10**9, "reserved": 22 * 10**9, "device": device}
     return Report(setting, source, dict.fromkeys(CATEGORIES, 0), dict.fromkeys(PHASES, 0), totals)
@@ -254,6 +254,7 @@ def test_what_zero_3_may_reserve_beyond_its_prediction_is_in_every_answer():
     assert f"{over} needs 24.00 GB ({margin}) and fits on a A100 80GB" in sentence(report(stage=3), A100)
     assert f"taken from the device by the allocator; {margin}" in shown(report(stage=3))
     assert "checkpointing on, losses global + cmli" in shown(report()) and "20,000,000,000" in shown(report())
+    assert "checkpointing off, " in shown(report(stage=3))
     for other in (report(stage=2), report(stage=3, source="measured: NVIDIA A100")):
         assert margin not in sentence(other, A100) and margin not in shown(other)
         assert fit_sentence(LargestBatch(64, other, found.tried), 25 * 10**9) == answer

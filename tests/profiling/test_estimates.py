@@ -46,6 +46,13 @@ def test_the_document_s_figures_and_which_line_of_its_arithmetic_is_wrong():
     assert "wrong" in arithmetic(claims(), DOCUMENT) and "wrong" not in arithmetic(claims(OTHER), OTHER)
 
 
+def test_the_document_s_step_has_its_sizes_and_needs_no_download():
+    config = steps.document_config(OTHER)
+    assert (config.data.image_size, config.data.context_length, config.optim.micro_batch) == (160, 40, 96)
+    assert (config.student.embed_dim, config.student.text_overrides["hidden_size"]) == (128, 512)
+    assert config.student.text_weights == "random"
+
+
 def test_the_coincidence_in_e2_is_explained_where_there_is_one():
     assert "by coincidence: it multiplies by D = 256 features where B = 256 images belong" in claims()["E2"].truth
     assert "coincidence" not in claims(OTHER)["E2"].truth
@@ -135,6 +142,7 @@ def test_the_command_measures_what_it_predicts(tmp_path):
     assert [row["implementation"] for row in rows] == list(claims(OTHER)["E3"].stored)
     for row in rows:
         assert row["measured_bytes"] == row["predicted_bytes"] == row["corrected_bytes"]
+        assert row["measured_on"] == "CPU allocator, forward", "no gradient passes a match"
     assert [row["measured_bytes"] for row in rows[:2]] == [98_304_000, 768_000]
     first, second, *_ = (tmp_path / "page").read_text().split("\n- ")[1:]
     assert first.startswith("E3: from the estimates of GPU memory in a draft of Tim Cares' Master's thesis (2024)")

@@ -72,7 +72,7 @@ def _describe(values: Iterable[object], key: list[object]) -> None:
             key += type(value), value  # 1, 1.0 and True are equal
 
 
-class Values(TorchDispatchMode):
+class KnownValues(TorchDispatchMode):
     """Runs operators of host tensors on their data, and gives a value wherever one is read."""
 
     def __init__(self, without_data: FakeTensorMode):

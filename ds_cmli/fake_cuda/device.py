@@ -23,9 +23,9 @@ from ds_cmli.cmli.cpu import compiled
 from ds_cmli.cmli.op import add_feature_gradients, score_pairs
 from ds_cmli.errors import UserError, blame
 from ds_cmli.fake_cuda import kernels
+from ds_cmli.fake_cuda.known_values import KnownValues, WithoutData
 from ds_cmli.fake_cuda.recorder import Recorder
 from ds_cmli.fake_cuda.streams import Event, Stream
-from ds_cmli.fake_cuda.values import Values, WithoutData
 from ds_cmli.memory_model.caching_allocator import MIN_BLOCK
 from ds_cmli.memory_model.gpus import Gpu
 
@@ -57,7 +57,7 @@ def _run_with_mode(function: Callable) -> Callable:
     return rule
 
 
-for _mode in (Recorder, Values):
+for _mode in (Recorder, KnownValues):
     torch.library.register_torch_dispatch("ds_cmli::scores", _mode, _run_with_mode(score_pairs))
     torch.library.register_torch_dispatch(
         "ds_cmli::add_feature_gradients", _mode, _run_with_mode(add_feature_gradients)
@@ -94,7 +94,7 @@ def fake_cuda(recorder: Recorder, gpu: Gpu) -> Iterator[None]:
         # `torch.tensor` makes its tensor on the host, and not first one with data on the device.
         stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
         torch._C._set_only_lift_cpu_tensors(True)
-        for mode in (without_data, recorder, Values(without_data)):
+        for mode in (without_data, recorder, KnownValues(without_data)):
             stack.enter_context(mode)
         yield
 
