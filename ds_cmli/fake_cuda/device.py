@@ -29,10 +29,12 @@ from ds_cmli.fake_cuda.streams import Event, Stream
 from ds_cmli.memory_model.caching_allocator import MIN_BLOCK
 from ds_cmli.memory_model.gpus import Gpu
 
-OLDEST, NEXT = "2.10", "2.16"  # of PyTorch: what is between is known to answer alike
+# Versions of PyTorch from the first to before the second are known to answer alike.
+OLDEST = "2.10"
+NEXT = "2.16"
 FOREACH = "_foreach_supported_types"
 GPU = (torch.cuda, torch.cuda.memory, torch.cuda.random, torch.cuda.nvtx)
-# What functions of torch.cuda return that need no state.
+# Results of the functions of torch.cuda that need no state.
 ANSWERS = {
     "init _lazy_init set_device manual_seed manual_seed_all set_rng_state ipc_collect": None,
     "reset_peak_memory_stats reset_max_memory_allocated reset_max_memory_cached": None,
@@ -114,7 +116,7 @@ def guard() -> ctypes.CDLL:
 
 
 def _patches(gpu_functions: dict[str, object]) -> list[tuple[object, str, object]]:
-    """What of PyTorch and DeepSpeed is replaced: owner, name, replacement."""
+    """Return the replaced parts of PyTorch and DeepSpeed: owner, name, replacement."""
     from deepspeed.ops.op_builder.builder import OpBuilder
 
     return [
@@ -137,17 +139,19 @@ def _functions(gpu: Gpu, recorder: Recorder) -> dict[str, object]:
     """The functions and classes of `torch.cuda` for this GPU, by name."""
     properties = SimpleNamespace(name=gpu.name, shared_memory_per_block=48 * 1024)
     properties.major, properties.minor = gpu.capability
-    properties.total_memory, properties.multi_processor_count = gpu.total.bytes, gpu.multiprocessors
+    properties.total_memory = gpu.total.bytes
+    properties.multi_processor_count = gpu.multiprocessors
     properties.max_threads_per_multi_processor = gpu.threads
     properties.shared_memory_per_block_optin = gpu.shared
 
     @contextmanager
     def stream(on: Stream | None) -> Iterator[None]:
-        before, Stream.current = Stream.current, on or Stream.current
+        previous = Stream.current
+        Stream.current = on or previous
         try:
             yield
         finally:
-            Stream.current = before
+            Stream.current = previous
 
     def synchronize(*_: object) -> None:
         for work in Stream.works.values():
@@ -199,17 +203,17 @@ def _apply(self: nn.Module, function: Callable, recurse: bool = True) -> nn.Modu
     return self
 
 
-def _data_of_any_device(known: Any) -> property:
+def _data_of_any_device(original: Any) -> property:
     """Replace `Tensor.data`, which is set to move parameters."""
 
     def assign(self: Tensor, new: Tensor) -> None:
-        of_a_kind = isinstance(self, FakeTensor) == isinstance(new, FakeTensor)
-        if of_a_kind and self.device == new.device:
-            known.__set__(self, new)
+        same_kind = isinstance(self, FakeTensor) == isinstance(new, FakeTensor)
+        if same_kind and self.device == new.device:
+            original.__set__(self, new)
         else:
             _convert(self, lambda _: new.detach())
 
-    return property(known.__get__, assign)
+    return property(original.__get__, assign)
 
 
 def _convert(tensor: Tensor, function: Callable[[Tensor], Tensor]) -> None:
@@ -219,8 +223,8 @@ def _convert(tensor: Tensor, function: Callable[[Tensor], Tensor]) -> None:
         return
     if isinstance(tensor, nn.Parameter):
         new = nn.Parameter(new, tensor.requires_grad)
-    # As `torch.utils.swap_tensors`, which refuses tensors that are referred to weakly, as those of
-    # FakeTensorMode always are.
+    # `torch.utils.swap_tensors` does this too, but refuses tensors with weak references, which
+    # those of FakeTensorMode always have.
     torch._C._swap_tensor_impl(tensor, new)
     tensor.__class__ = type(new)
     vars(tensor).update(vars(new))

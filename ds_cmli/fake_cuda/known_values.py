@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ds_cmli.fake_cuda.streams import Stream
 
 aten = torch.ops.aten
-SMALL = 1 << 16  # elements of the largest tensor that is created with data on the host
+MAX_ELEMENTS = 1 << 16  # elements of the largest tensor that is created with data on the host
 NUMBER = 2.0  # the stand-in of a loss or a norm: finite, and no divisor of 0
 FACTORIES = {aten.empty.memory_format, aten.empty_strided.default}
 FACTORIES |= {
@@ -33,7 +33,7 @@ READS = {aten._local_scalar_dense.default, aten.is_nonzero.default}
 
 
 def known_values(x: Tensor) -> Tensor | None:
-    """The values of a tensor: its own on the host, or those that it remembers."""
+    """Return the values of a tensor: its own on the host, or those that it remembers."""
     if not isinstance(x, FakeTensor):
         return x
     return x.constant if x.constant is not None else getattr(x, "remembered", None)
@@ -110,48 +110,48 @@ class KnownValues(TorchDispatchMode):
     def _on_host(self, func: OpOverload, args: tuple, kwargs: dict[str, object]) -> object:
         if func in FACTORIES:
             shape = next(x for x in args if isinstance(x, list))
-            if torch.Size(shape).numel() > SMALL:
+            if torch.Size(shape).numel() > MAX_ELEMENTS:
                 return func(*args, **kwargs)
         with unset_fake_temporarily():
             return func(*args, **kwargs)
 
     def _value(self, x: Tensor) -> float | int | bool:
-        known = known_values(x)
-        if known is not None:
+        values = known_values(x)
+        if values is not None:
             with _disable_current_modes():
-                return known.item()
+                return values.item()
         if x.dtype.is_floating_point:
             return NUMBER
         return getattr(x, "likely", False) if x.dtype == torch.bool else 0
 
     def _copied(self, source: Tensor, out: Tensor) -> Tensor:
         """The result of a copy, with data if it is a small one on the host."""
-        known = known_values(source) if out.numel() <= SMALL else None
+        values = known_values(source) if out.numel() <= MAX_ELEMENTS else None
         if out.device.type == "cpu" and source.device.type != "cpu":
             Stream.current.synchronize()
-            if out.numel() <= SMALL:
+            if out.numel() <= MAX_ELEMENTS:
                 with _disable_current_modes():
-                    if known is not None:
-                        return known.to(out.dtype, copy=True)
+                    if values is not None:
+                        return values.to(out.dtype, copy=True)
                     return torch.full(out.shape, self._value(source), dtype=out.dtype)
-        if known is not None and not out.dtype.is_floating_point:
+        if values is not None and not out.dtype.is_floating_point:
             with _disable_current_modes():
-                vars(out)["remembered"] = known.to(out.dtype, copy=True)
+                vars(out)["remembered"] = values.to(out.dtype, copy=True)
         return out
 
     def _remember(self, func, args: tuple, kwargs: dict, leaves: list, out: object) -> None:
         """Compute the values of results whose operands are known; of others the likely truth."""
         tensors = [x for x in leaves if isinstance(x, Tensor)]
-        small = bool(tensors) and all(x.numel() <= SMALL for x in tensors)
-        known = small and all(known_values(x) is not None for x in tensors)
-        if func._schema.is_mutable and not known:
+        small = bool(tensors) and all(x.numel() <= MAX_ELEMENTS for x in tensors)
+        all_known = small and all(known_values(x) is not None for x in tensors)
+        if func._schema.is_mutable and not all_known:
             for x in tensors:
                 vars(x).pop("remembered", None)
-        elif known:
+        elif all_known:
             with _disable_current_modes():
                 host = {"device": torch.device("cpu")} if "device" in kwargs else {}
-                given = tree_map(_values_of, (args, kwargs | host))
-                values = func(*given[0], **given[1])
+                host_args, host_kwargs = tree_map(_values_of, (args, kwargs | host))
+                values = func(*host_args, **host_kwargs)
             for x, value in zip(tree_leaves(out), tree_leaves(values), strict=True):
                 if isinstance(x, FakeTensor):
                     vars(x)["remembered"] = value
@@ -165,7 +165,7 @@ def _values_of(value: object) -> object:
 
 
 def _is_elsewhere(value: object) -> bool:
-    """Whether an argument has no data, or names the device."""
+    """Return True if an argument has no data, or names the device."""
     if isinstance(value, torch.device):
         return value.type != "cpu"
     return isinstance(value, Tensor) and (

@@ -74,8 +74,8 @@ class Recorder(TorchDispatchMode):
         # and ends to recompute a forward pass.
         self.segment = 0
         self.recomputing = False
-        # Of an operator of IN_PLACE in backward, until the next allocation: its result's place in
-        # the log, and its argument's block.
+        # After an operator of IN_PLACE in backward, until the next allocation: the place of its
+        # result in the log, and the block of its argument.
         self.in_place_at = 0
         self.in_place_of = -1
         self.scoped: str | None = None  # the category of what is allocated now
@@ -119,7 +119,7 @@ class Recorder(TorchDispatchMode):
         return isinstance(x, Tensor) and x.device.type == self.device
 
     def _is_accumulating(self, grad: bool) -> bool:
-        """Whether autograd itself, and no function of Python, has called the operator."""
+        """Return True if autograd itself, and no function of Python, has called the operator."""
         if self.phase != "backward" or grad:
             return False
         frame: FrameType | None = sys._getframe(1)
@@ -242,7 +242,7 @@ class Recorder(TorchDispatchMode):
                     self.blocks[block].category = category
 
     def category(self, number: int) -> str:
-        """What a block was for, as far as it is known now."""
+        """Return the category of a block, as far as it is known now."""
         return self.blocks[number].category or "temporaries"
 
     def events(self) -> list[Event]:

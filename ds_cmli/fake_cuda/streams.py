@@ -15,7 +15,7 @@ MOST_ASKED = 1000  # times that an event is not over, so that a loop that asks f
 
 
 class Work:
-    """What has been launched on a stream, and how much of it is known to be done."""
+    """The launches of a stream, and how many of them are known to be done."""
 
     def __init__(self) -> None:
         self.launched = self.done = 0

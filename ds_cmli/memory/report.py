@@ -185,7 +185,9 @@ def plot(report: Report, path: str) -> None:
         changes[CATEGORIES.index(event.category), place] = event.bytes
     live = changes.cumsum(1) / 1e9
     shown = [row for row in range(len(CATEGORIES)) if live[row].any()]
+    # Drawn are so many places, and the peak, which may last for one event.
     places = np.linspace(0, live.shape[1] - 1, 4000).astype(int)
+    places = np.union1d(places, live.sum(0).argmax())
     names = []
     for row in shown:
         name = CATEGORIES[row]

@@ -75,17 +75,24 @@ class Block:
         return self.size, self.segment.number, self.address
 
     def split(self, size: int) -> "Block":
-        """Keep `size` bytes. Returns the rest, the block after it."""
-        end, left = self.address + size, self.size - size
-        rest = Block(self.segment, end, left, before=self, after=self.after)
-        if rest.after is not None:
-            rest.after.before = rest
-        self.size, self.after = size, rest
-        return rest
+        """Keep `size` bytes. Return the remainder, which is the block after it."""
+        remainder = Block(
+            self.segment,
+            self.address + size,
+            self.size - size,
+            before=self,
+            after=self.after,
+        )
+        if remainder.after is not None:
+            remainder.after.before = remainder
+        self.size = size
+        self.after = remainder
+        return remainder
 
     def join(self, second: "Block") -> "Block":
         """Take the block after this one into it."""
-        self.size, self.after = self.size + second.size, second.after
+        self.size += second.size
+        self.after = second.after
         if self.after is not None:
             self.after.before = self
         return self
@@ -134,7 +141,8 @@ class CachingAllocator:
         self.actions: list[Action] = []
         self.requested = self.allocated = self.reserved = 0
         self.peaks: tuple[int, ...] = (0, 0, 0)  # of these three
-        self.next_address, self.segments_taken = FIRST_ADDRESS, 0
+        self.next_address = FIRST_ADDRESS
+        self.segments_taken = 0
         self.retries = 0  # requests for which all cached memory was returned
 
     def malloc(self, requested: int, stream: int = 0, event: Event | None = None) -> Block:
@@ -154,7 +162,8 @@ class CachingAllocator:
         if left >= MIN_BLOCK if small else left > SMALL_REQUEST:  # rule 4
             self._keep(block.split(size))
         self.actions.append(Action("alloc", block.address, requested, stream, event))
-        block.requested, block.event = requested, event
+        block.requested = requested
+        block.event = event
         self.requested += requested
         self.allocated += block.size
         self.peaks = tuple(map(max, self.peaks, (self.requested, self.allocated, self.reserved)))
@@ -174,7 +183,8 @@ class CachingAllocator:
         block.requested = 0
         block.free_requested = False
         block.event = None
-        before, after = block.before, block.after
+        before = block.before
+        after = block.after
         if before is not None and not before.requested:
             self._take(before)
             block = before.join(block)
@@ -196,7 +206,8 @@ class CachingAllocator:
 
     def _segment(self, requested: int, size: int, stream: int, event: Event | None) -> Segment:
         """A new segment from the device for a block of `size` bytes."""
-        small, taken = size <= SMALL_REQUEST, LARGE_SEGMENT
+        small = size <= SMALL_REQUEST
+        taken = LARGE_SEGMENT
         if small:
             taken = SMALL_SEGMENT
         elif size >= MIN_LARGE_SEGMENT_REQUEST:
@@ -231,11 +242,12 @@ class CachingAllocator:
 
 
 def replay(events: Iterable[Event], *, limit: int | None = None) -> CachingAllocator:
-    """The allocator after `events`, which may reserve at most `limit` bytes.
+    """Return the allocator after `events`, which may reserve at most `limit` bytes.
 
     Raises `OutOfMemory` if a request does not fit in `limit`.
     """
-    allocator, live = CachingAllocator(limit), dict[int, Block]()
+    allocator = CachingAllocator(limit)
+    live: dict[int, Block] = {}
     for event in events:
         if event.bytes > 0:
             live[event.block] = allocator.malloc(event.bytes, event.stream, event)

@@ -49,16 +49,16 @@ class Gpu:
 
     @property
     def threads(self) -> int:
-        """How many a multiprocessor runs at a time."""
+        """Return how many threads a multiprocessor runs at a time."""
         return BY_CAPABILITY[self.capability][0]
 
     @property
     def shared(self) -> int:
-        """The bytes of shared memory that a block may ask for."""
+        """Return the bytes of shared memory that a block may ask for."""
         return BY_CAPABILITY[self.capability][1] * 1024
 
     def cublas_bytes(self, workspace_config: str | None = None) -> int:
-        """What cuBLAS takes from torch's allocator, for the forward thread and autograd's.
+        """Return the bytes that cuBLAS takes from torch's allocator, for both threads of a step.
 
         `workspace_config` is CUBLAS_WORKSPACE_CONFIG, pairs of KiB and count like ":4096:2:16:8",
         as `parseChosenWorkspaceSize` of PyTorch's CublasHandlePool.cpp reads it; its default is
@@ -102,7 +102,8 @@ _TABLE = """
 
 def _read(row: str) -> Gpu:
     sm, multiprocessors, *sizes, names = row.split(maxsplit=5)
-    (major, minor), (name, reported) = map(int, sm.split(".")), names.split(": ")
+    major, minor = map(int, sm.split("."))
+    name, reported = names.split(": ")
     marks = {"a": "assumed", "m": "measured"}
     constants = [Constant(int(float(x[:-1]) * 2**20), marks[x[-1]]) for x in sizes]
     return Gpu(name, reported.split(", "), (major, minor), int(multiprocessors), *constants)
@@ -119,7 +120,7 @@ DEFAULT = "RTX 3090 24GB"  # where there is none: the source document says 24 GB
 
 
 def find(name: str, setting: str = "--gpu") -> Gpu:
-    """The GPU with this name, the table's or nvidia-smi's; no other one in its place."""
+    """Return the GPU with this name, the table's or nvidia-smi's; no other one in its place."""
     gpu = _BY_NAME.get(_key(name))
     if gpu is None:
         raise UserError(
@@ -156,7 +157,7 @@ def _largest(capability: tuple[int, int]) -> Gpu:
 
 
 def of_size(memory: str, sm: str) -> Gpu:
-    """A GPU that is not listed, of `memory` like "48GB" and compute capability `sm` like "8.9".
+    """Return an unlisted GPU of `memory` like "48GB" and compute capability `sm` like "8.9".
 
     All else is assumed: as of the listed GPU of its capability with the most multiprocessors.
     """
@@ -172,7 +173,7 @@ def of_size(memory: str, sm: str) -> Gpu:
 
 
 def chosen(gpu: str | None, memory: str | None, sm: str | None) -> Gpu | None:
-    """The GPU of the options --gpu, --gpu-memory and --sm; None: none of them is given."""
+    """Return the GPU of the options --gpu, --gpu-memory and --sm; None: none of them is given."""
     if memory is None and sm is None:
         return None if gpu is None else find(gpu)
     if gpu is not None or memory is None or sm is None:

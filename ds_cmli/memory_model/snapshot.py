@@ -12,7 +12,8 @@ from ds_cmli.memory_model.caching_allocator import Block, Event, Segment, replay
 
 def write(events: Iterable[Event], path: str | Path) -> None:
     """Replay `events`, and pickle the allocator's final state and history to `path`."""
-    allocator, trace = replay(events), []
+    allocator = replay(events)
+    trace = []
     for time, (name, address, size, stream, event) in enumerate(allocator.actions):
         entry = {"action": name, "addr": address, "size": size, "stream": stream}
         entry |= {"category": event.category} if event else {}

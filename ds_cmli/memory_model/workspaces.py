@@ -1,4 +1,4 @@
-"""What CUDA's operators hold beyond their results: formulas of PyTorch's source, as sizes in bytes.
+"""The memory of CUDA's operators beyond their results: formulas of PyTorch's source, in bytes.
 
 Those of training's operators that show at a step's peak. Left out, as they are small or as no
 source tells them: partial results of full reductions, the workspaces of cuDNN's convolutions. Paths
@@ -19,9 +19,11 @@ from ds_cmli.memory_model.caching_allocator import Event
 from ds_cmli.memory_model.gpus import Gpu
 
 aten = torch.ops.aten
-FLASH, EFFICIENT, MATH = "flash", "efficient", "math"
+FLASH = "flash"
+EFFICIENT = "efficient"
+MATH = "math"
 HALF = (torch.float16, torch.bfloat16)
-SMALL = ((8, 6), (8, 9), (12, 0))  # compute capabilities with less shared memory than others have
+LITTLE_SHARED = ((8, 6), (8, 9), (12, 0))  # compute capabilities with less shared memory
 # The sizes of the blocks that an operator holds at one moment, in the order of their allocation.
 # Blocks of the stage before it that a stage has too, in their order, stay.
 Stage = tuple[int, ...]
@@ -36,7 +38,7 @@ class Inside(NamedTuple):
 
 
 def returned(func: OpOverload, args: tuple, out: Any) -> Any:
-    """What an operator returns on CUDA, given what it returns without data.
+    """Return what an operator returns on CUDA, given what it returns without data.
 
     Layer norm's statistics of 16-bit inputs are in fp32 there (cuda/layer_norm_kernel.cu), the two
     numbers of efficient attention on the host, and cuDNN's convolutions channels last where an
@@ -60,7 +62,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _copies(*tensors: Tensor, layout=torch.contiguous_format) -> Stage:
-    """What `x.contiguous(memory_format=layout)` of each tensor allocates."""
+    """Return what `x.contiguous(memory_format=layout)` of each tensor allocates."""
     return tuple(x.nbytes for x in tensors if not x.is_contiguous(memory_format=layout))
 
 
@@ -68,8 +70,8 @@ def _suggested(*tensors: Tensor) -> torch.memory_format:
     """Channels last if a tensor is so, and else contiguous."""
     last = torch.channels_last
     fours = [x for x in tensors if x.dim() == 4 and not x.is_contiguous()]
-    some = any(x.is_contiguous(memory_format=last) for x in fours)
-    return last if some else torch.contiguous_format
+    found = any(x.is_contiguous(memory_format=last) for x in fours)
+    return last if found else torch.contiguous_format
 
 
 def _convolution_backward(args: tuple, gpu: Gpu) -> Inside:
@@ -96,12 +98,13 @@ def _softmax_backward(args: tuple, gpu: Gpu) -> Inside:
 
 
 def _partial_sums(rows: int, columns: int, gpu: Gpu) -> Stage:
-    """What blocks of threads leave to each other where several add up the rows of the same columns.
+    """Return the buffers of blocks of threads that add up the rows of the same columns.
 
     cuda/Reduce.cuh (`setReduceConfig`): a block has 32 threads for 4 columns each, by 4, of which
     each adds up 16 to 256 values; then the semaphores.
     """
-    grid, blocks = math.ceil(columns / 128), gpu.multiprocessors * gpu.threads // 128
+    grid = math.ceil(columns / 128)
+    blocks = gpu.multiprocessors * gpu.threads // 128
     if columns < 128 or rows <= 1020 or grid > blocks:
         return ()
     parts = max(min(math.ceil(blocks / grid), math.ceil(rows / 64)), math.ceil(rows / 1024))
@@ -122,14 +125,15 @@ def _layer_norm_backward(args: tuple, gpu: Gpu) -> Inside:
     """cuda/layer_norm_kernel.cu (`LaunchGammaBetaBackwardCUDAKernel`): of many short rows, the
     gradients of weight and bias are first summed over 32 rows each, and then by `sum`."""
     grad, x, shape = args[:3]
-    copies, width = _copies(x, grad), math.prod(shape)
+    copies = _copies(x, grad)
+    width = math.prod(shape)
     rows = x.numel() // width
     if rows <= 1 << 16 or width // 32 >= gpu.multiprocessors // 2:
         return Inside((_copies(x),), (copies,))
     blocks = min((1 << 15) // math.ceil(width / 32), math.ceil(rows / 32))
-    both = (*copies, *2 * (blocks * width * grad.dtype.itemsize,))
-    summed = (*both, width * grad.dtype.itemsize, *_partial_sums(blocks, width, gpu))
-    return Inside((_copies(x),), (summed, both, summed))
+    partial = (*copies, *2 * (blocks * width * grad.dtype.itemsize,))
+    summed = (*partial, width * grad.dtype.itemsize, *_partial_sums(blocks, width, gpu))
+    return Inside((_copies(x),), (summed, partial, summed))
 
 
 # --- embeddings
@@ -139,7 +143,7 @@ SCAN = 1279  # bytes of cub's prefix sums of up to 20,000 numbers
 
 
 def _sorted_pairs(n: int, largest: int, gpu: Gpu) -> Stage:
-    """What cub's radix sort of `n` int64 keys up to `largest` stores, with int64 values.
+    """Return what cub's radix sort of `n` int64 keys up to `largest` stores, with int64 values.
 
     cub/device/dispatch/dispatch_radix_sort.cuh (`InvokeOnesweep`): 256 counts for each 8 bits of
     the keys, a table that blocks read from each other, and both arrays once more where there is
@@ -196,7 +200,8 @@ def attention(
     """The kernel that CUDA takes, of those that a program has on: transformers/cuda/sdp_utils.cpp
     (`select_sdp_backend`). Where cuDNN's comes first, it keeps what flash attention keeps."""
     inputs = query, key, value
-    widths, dtypes = {x.shape[-1] for x in inputs}, {x.dtype for x in inputs}
+    widths = {x.shape[-1] for x in inputs}
+    dtypes = {x.dtype for x in inputs}
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     heads = query.shape[-3:-2]
     alike = key.shape[-3:-2] == value.shape[-3:-2]
@@ -209,7 +214,7 @@ def attention(
     width = query.shape[-1]
 
     narrow = len(widths) == 1 and width <= 256
-    if trained and gpu.capability in SMALL:
+    if trained and gpu.capability in LITTLE_SHARED:
         narrow &= width <= 192 or (width > 224 and not dropout)
     square = not causal or query.shape[-2] == key.shape[-2]
     suited = shared and ampere and half and mask is None and narrow and square
@@ -222,9 +227,10 @@ def attention(
         multiple = 4
     whole = not any(size % multiple for size in widths) and key.shape[-1] == width
     whole &= not ampere or not any(x.storage_offset() % multiple for x in inputs)
-    known = query.dtype in ((torch.float32, *HALF) if ampere else (torch.float32, torch.float16))
+    supported_types = (torch.float32, *HALF) if ampere else (torch.float32, torch.float16)
+    supported = query.dtype in supported_types
     rows = mask is None or mask.stride(-1) == 1
-    if cuda.mem_efficient_sdp_enabled() and equal and known and whole and rows:
+    if cuda.mem_efficient_sdp_enabled() and equal and supported and whole and rows:
         return EFFICIENT
     return MATH
 
@@ -318,7 +324,8 @@ _NAMES = "mm bmm addmm baddbmm mv addmv dot vdot"
 PRODUCTS = {getattr(aten, name).default for name in _NAMES.split()}
 PRODUCTS |= {aten.mm.out, aten.bmm.out, aten.addmm.out, aten.addmm_.default}
 OPS = {str(product) for product in PRODUCTS}
-WITH_BIAS, LT_WORKSPACE = str(aten.addmm.default), 1 << 20  # bytes, of cublasLt
+WITH_BIAS = str(aten.addmm.default)
+LT_WORKSPACE = 1 << 20  # bytes, of cublasLt
 KEEPS_WORKSPACES = torch.__version__ < "2.15"  # compared as versions
 StreamPlace = tuple[bool, int]  # whether in the thread of backward, and the stream
 

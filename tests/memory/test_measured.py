@@ -4,10 +4,12 @@ import json
 import re
 import resource
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 from ds_cmli import engine
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
@@ -16,7 +18,7 @@ from ds_cmli.libraries import silence
 from ds_cmli.memory import out_of_memory
 from ds_cmli.memory.categories import TrainingRecorder
 from ds_cmli.memory.inputs import longest_batch
-from ds_cmli.memory.report import CATEGORIES, PHASES, summarise
+from ds_cmli.memory.report import CATEGORIES, PHASES, plot, summarise
 from ds_cmli.memory_model.caching_allocator import Event
 from tests import make
 from tests.ranks import start_ranks
@@ -77,6 +79,17 @@ def test_what_forward_leaves_and_the_losses_free_is_no_temporary():
         recorder.begin(phase)
         segments.append(recorder.segment)
     assert segments == [0, 1, 2]
+
+
+def test_a_picture_of_more_events_than_it_draws_reaches_the_peak(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(Axes, "stackplot", lambda axis, places, sizes, **_: drawn.append(sizes.sum(0).max()))
+    sizes = dict.fromkeys(range(5000), 10**9) | {2: 5 * 10**9}
+    pairs = (
+        [Event(block, size, "data", "forward"), Event(block, -size, "data", "forward")] for block, size in sizes.items()
+    )
+    plot(summarise([*chain(*pairs)], {}, "predicted"), str(tmp_path / "memory.svg"))
+    assert drawn == [5.0], "in GB"
 
 
 def train_in(folder: str, limited: str, megabytes: str) -> None:
