@@ -1,6 +1,12 @@
 import time
+from contextlib import nullcontext
+
+import pytest
 
 from ds_cmli import pretrained
+from ds_cmli.config.source import ModelSource
+from ds_cmli.errors import UserError
+from ds_cmli.models.dual import load_transformers
 from tests import ranks
 
 
@@ -24,3 +30,14 @@ def test_one_rank_of_a_node_asks_the_hub_for_each_name_and_the_others_read_what_
     results = ranks.run(load_each_once, 3, tmp_path)
     for offline_of_ranks in zip(*results, strict=True):
         assert sorted(offline_of_ranks) == [False, True, True]
+
+
+def test_the_json_and_the_weights_of_a_source_are_fetched_apart(monkeypatch):
+    names = []
+    # With what another rank has fetched, this one asks no hub.
+    monkeypatch.setattr(pretrained, "fetched_on_this_node", lambda name: names.append(name) or nullcontext(True))
+    source = ModelSource("no-such-owner/model")
+    for fetch in (lambda: source.folder, lambda: load_transformers(source)):
+        with pytest.raises(UserError):
+            fetch()
+    assert len(set(names)) == 2

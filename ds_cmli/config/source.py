@@ -89,13 +89,14 @@ class ModelSource:
             return self.path
         from huggingface_hub import snapshot_download
 
-        with self.blame("no such file or folder, nor on the hub"), loading(True, self.place):
-            names = [
-                MODEL_CONFIG,
-                OPEN_CLIP_CONFIG,
-                "preprocessor_config.json",
-                "processor_config.json",
-            ]
+        names = [
+            MODEL_CONFIG,
+            OPEN_CLIP_CONFIG,
+            "preprocessor_config.json",
+            "processor_config.json",
+        ]
+        fetched = f"the JSON of {self.place}"  # the weights are fetched later, by their own name
+        with self.blame("no such file or folder, nor on the hub"), loading(True, fetched):
             return Path(snapshot_download(self.place, allow_patterns=names))
 
     def json(self, name: str) -> JsonObject:
