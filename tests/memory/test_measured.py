@@ -4,7 +4,6 @@ import json
 import re
 import resource
 import sys
-from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -85,10 +84,8 @@ def test_a_picture_of_more_events_than_it_draws_reaches_the_peak(monkeypatch, tm
     drawn = []
     monkeypatch.setattr(Axes, "stackplot", lambda axis, places, sizes, **_: drawn.append(sizes.sum(0).max()))
     sizes = dict.fromkeys(range(5000), 10**9) | {2: 5 * 10**9}
-    pairs = (
-        [Event(block, size, "data", "forward"), Event(block, -size, "data", "forward")] for block, size in sizes.items()
-    )
-    plot(summarise([*chain(*pairs)], {}, "predicted"), str(tmp_path / "memory.svg"))
+    events = [Event(block, sign * size, "data", "forward") for block, size in sizes.items() for sign in (1, -1)]
+    plot(summarise(events, {}, "predicted"), str(tmp_path / "memory.svg"))
     assert drawn == [5.0], "in GB"
 
 
