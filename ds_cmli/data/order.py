@@ -8,9 +8,9 @@ S shards, N samples, L lanes of the windowed order, n positions.
 
 import hashlib
 from collections.abc import Callable, Hashable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,17 +28,6 @@ class Samples(NamedTuple):
 
     indices: Numbers  # [n], over all sources, one after the other
     turns: Numbers  # [n], how often each sample was taken before
-
-
-class Order(Protocol):
-    """An order of the draws of each epoch."""
-
-    length: int  # draws of an epoch
-    window: int  # L; 0: the full order
-    ahead: int  # positions that are announced before they are read: half a shard of each lane
-
-    def at(self, positions: Numbers, seed: int, epoch: int) -> Samples: ...
-    def announce(self, positions: Numbers, seed: int, epoch: int) -> None: ...
 
 
 def permutation(length: int, *key: Hashable) -> Tensor:
@@ -79,15 +68,16 @@ class FullOrder:
     the epoch before stopped.
     """
 
-    window = 0
-    ahead = 0
+    window = 0  # shards that are read at a time; 0: any
+    ahead = 0  # positions that are announced before they are read
 
     def __init__(self, lengths: list[int], weights: list[float] | None = None):
         self.lengths = lengths
         self.length = sum(lengths)
         self.shares = lengths if weights is None else split_draws(self.length, weights)
-        self.begun = lru_cache(2)(self._begin)  # the epoch that is read, and the next
         self.thread = ThreadPoolExecutor(max_workers=1)
+        # The epoch that is read, and the next.
+        self.begun = lru_cache(2)(lambda *key: self.thread.submit(self._epoch, *key))
 
     def at(self, positions: Numbers, seed: int, epoch: int) -> Samples:
         """Return the samples at some positions of an epoch."""
@@ -99,9 +89,6 @@ class FullOrder:
 
     def announce(self, positions: Numbers, seed: int, epoch: int) -> None:
         """Announce nothing: every shard may be read at any time."""
-
-    def _begin(self, seed: int, epoch: int) -> Future[Samples]:
-        return self.thread.submit(self._epoch, seed, epoch)
 
     def _epoch(self, seed: int, epoch: int) -> Samples:
         # Copied out of PyTorch's memory: --profile-memory would count it as the step's.
@@ -216,6 +203,7 @@ class WindowedOrder:
             self.length = self.num_rows * self.window
             self.shares = np.array(split_draws(self.num_rows, weights))
             self.pattern = lru_cache(2)(self._pattern)
+        # Half a shard of each lane.
         self.ahead = max(1, num_samples // num_shards // 2) * self.window
 
     def at(self, positions: Numbers, seed: int, epoch: int) -> Samples:
@@ -279,3 +267,6 @@ class WindowedOrder:
 
     def _first_rows(self, lanes: Numbers) -> Numbers:
         return lanes * self.num_rows // self.window
+
+
+Order = FullOrder | WindowedOrder

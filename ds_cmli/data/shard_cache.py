@@ -64,9 +64,7 @@ class LostShard(ValueError):
     samples counted as bad, a start that can fetch the shard would train on others.
     """
 
-    def __init__(self, reason: str, num_samples: int = 1):
-        super().__init__(reason)
-        self.num_samples = num_samples  # of the shard
+    num_samples = 1  # of the shard
 
 
 def shards_folder() -> Path:

@@ -59,7 +59,7 @@ def test_samples_of_a_tar_that_has_vanished_are_bad_and_named(tmp_path):
     make.tar(tmp_path / "0.tar", 8), make.tar(tmp_path / "1.tar", 8, first=8)
     loaded = data(tmp_path)
     (tmp_path / "1.tar").unlink()
-    loaded.train.images.sources[0][0].open.clear()  # as in a process that has not read it yet
+    loaded.train.images.sources[0][0].opened.clear()  # as in a process that has not read it yet
     samples = [loaded.train[index] for index in range(len(loaded.train))]
     names = [sample.bad[0] for sample in samples if sample.bad]
     _, indices = loaded.train.images.sources[0]

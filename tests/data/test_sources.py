@@ -1,7 +1,6 @@
 """Each kind of source: the same pictures and captions in its form; what is missing or damaged there is named."""
 
 import json
-import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -15,7 +14,7 @@ from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.opening import open_hub
 from ds_cmli.data.sources.arrow import open_parquet, open_saved
 from ds_cmli.data.sources.lists import open_json, open_tables
-from ds_cmli.data.sources.tars import MAX_OPEN, Tars, open_tars
+from ds_cmli.data.sources.tars import Tars, open_tars
 from ds_cmli.errors import UserError
 from tests import make
 from tests.make import shard
@@ -94,6 +93,7 @@ LINES = '\ufeff{"file_name": "a.png", "text": ["NA", "", "2012"]}\n\n{"file_name
 KINDS = {  # the source in a folder, and how many pictures it leaves out because they have no caption
     "csv": (lambda folder: table(folder, "t.csv", CSV), 1),
     "tsv": (lambda folder: table(folder, "t.tsv", TSV), 1),
+    "two captions": (lambda folder: table(folder, "t.tsv", TSV.replace("size", "text"), caption_key="title"), 1),
     "jsonl": (lambda folder: table(folder, "t.jsonl", LINES + '{"file_name": "c.png", "text": []}'), 1),
     "coco": (coco, 1),
     "karpathy": (karpathy, 0),
@@ -116,11 +116,6 @@ def test_a_picture_has_its_bytes_and_all_its_captions_as_they_are(kind, tmp_path
 
 
 # Lists.
-
-
-def test_a_column_is_named(tmp_path):
-    content = "file_name,text,german\na.png,three,drei\n"
-    assert table(tmp_path, "t.csv", content, caption_key="german").captions(0) == ["drei"]
 
 
 def test_the_first_files_may_be_missing_but_not_all(tmp_path):
@@ -163,20 +158,6 @@ def test_a_mistake_in_a_list_is_named_by_its_line(tmp_path, content):
     with pytest.raises(UserError, match=MISTAKES[content]) as error:
         table(tmp_path, name, content)
     assert name in str(error.value) and "\n" not in str(error.value)
-
-
-NUMBER_IN_COCO = '{"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, "caption": 5}]}'
-
-
-@pytest.mark.parametrize(
-    "content", ["[]", '{"images": [{"filename": "x", "split": "other"}]}', '{"images": [{}]}', NUMBER_IN_COCO]
-)
-def test_a_json_of_another_form_is_one_line(tmp_path, content):
-    (tmp_path / "t.json").write_text(content)
-    with pytest.raises(UserError, match=r"t\.json") as error:
-        open_json([tmp_path / "t.json"], DataConfig())
-    assert "\n" not in str(error.value)
-    assert content != NUMBER_IN_COCO or "a caption of a.png is 5: give a text" in str(error.value)
 
 
 # Arrow.
@@ -222,44 +203,46 @@ def test_nothing_in_the_users_cache_is_changed(tmp_path, monkeypatch):
     assert {file: file.read_bytes() for file in (tmp_path / "cache").rglob("*.arrow")} == before
 
 
-def test_what_cannot_be_read_is_one_line_that_names_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    (tmp_path / "7.parquet").write_bytes(b"PAR1 and no more")
-    (tmp_path / "state.json").write_text("{}")
-    for opening in (
-        lambda: open_parquet([tmp_path / "7.parquet"], DataConfig()),
-        lambda: open_saved([tmp_path], DataConfig()),
-        lambda: open_hub("hf://datasets/no-such-owner/7@v1", DataConfig()),
-    ):
-        with pytest.raises(UserError, match=r"7|save_to_disk") as error:
-            opening()
-        assert "\n" not in str(error.value)
-
-
 # Tars.
 
 
 def test_a_caption_is_a_key_of_the_json(tmp_path):
     content = json.dumps({"text": "usual", "alt": "other", "none": None}).encode()
     path = shard(tmp_path / "0.tar", [("0.jpg", b"J"), ("0.json", content), ("0.txt", b"plain")])
-    assert Tars([path], "").captions(0) == ["plain"]
-    assert Tars([path], "alt").captions(0) == ["other"]
+    captions = {key: Tars([path], DataConfig(caption_key=key)).captions for key in ("", "alt", "none")}
+    assert captions[""](0) == ["plain"] and captions["alt"](0) == ["other"]
     with pytest.raises(ValueError, match="none"):
-        Tars([path], "none").captions(0)
+        captions["none"](0)
 
 
-def test_more_shards_than_a_process_may_open(tmp_path):
-    count = MAX_OPEN + 3
-    paths = [shard(tmp_path / f"{i}.tar", [("0.jpg", b"%d" % i), ("0.txt", b"t")]) for i in range(count)]
-    before = len(os.listdir("/proc/self/fd"))
-    source = Tars(paths)
-    assert len(os.listdir("/proc/self/fd")) <= before + 1  # that of one map for all shards
-    order = np.random.default_rng(0).permutation(count).tolist() * 2
-    assert [source.image(i) for i in order] == [b"%d" % i for i in order]
-    assert len(source.open) == MAX_OPEN
-    assert source.name(2) == "2.tar/0.jpg"
+# Any kind.
+
+NUMBER = '{"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, "caption": 5}]}'
+UNREADABLE = [  # opening a file or folder, its content, what the line names
+    (open_json, "t.json", "[]", "no list of captions"),
+    (open_json, "t.json", '{"images": [{"filename": "x", "split": "other"}]}', "no list of captions"),
+    (open_json, "t.json", '{"images": [{}]}', "no list of captions"),
+    (open_json, "t.json", NUMBER, r"a caption of a\.png is 5: give a text"),
+    (open_parquet, "7.parquet", "PAR1 and no more", "as parquet"),
+    (open_saved, "saved/state.json", "{}", "save_to_disk"),
+    (open_tars, "1.tar", None, "holds no sample"),
+]
 
 
-def test_a_tar_without_a_sample_is_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"1\.tar holds no sample"):
-        open_tars([shard(tmp_path / "1.tar", [("0.jpg", b"J"), ("1.txt", b"T")])], DataConfig())
+@pytest.mark.parametrize(("opening", "name", "content", "message"), UNREADABLE)
+def test_what_cannot_be_read_is_one_line_that_names_it(tmp_path, opening, name, content, message):
+    path = tmp_path / name
+    if content is None:
+        shard(path, [("0.jpg", b"J"), ("1.txt", b"T")])
+    else:
+        make.json_file(path, content)
+    path = path.parent if opening is open_saved else path
+    with pytest.raises(UserError, match=message) as error:
+        opening([path], DataConfig())
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_data_set_that_the_hub_does_not_have_is_one_line(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"^hf://datasets/no-such-owner/7@v1 cannot be fetched: [^\n]*$"):
+        open_hub("hf://datasets/no-such-owner/7@v1", DataConfig())

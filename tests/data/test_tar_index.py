@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.sources import tar_index
 from ds_cmli.data.sources.tar_index import group_samples, index_shards, read_by_tarfile, scan
 from ds_cmli.data.sources.tars import Tars
@@ -69,57 +70,61 @@ def test_headers_give_the_samples_that_tarfile_gives_on_random_and_damaged_tars(
     assert num_refused > 20 and by_headers > 40  # both ways were taken
 
 
+def tars(folder, count):
+    """Tars of one sample each, whose image is the tar's number."""
+    return [shard(folder / f"{n:02}.tar", [("0.jpg", b"%d" % n), ("0.txt", b"t")]) for n in range(count)]
+
+
+def cached(folder, suffix):
+    return sorted((folder / "cache/tar-index").glob(f"*{suffix}"))
+
+
 def test_an_index_is_made_once_and_again_when_it_is_damaged_or_a_shard_changes(tmp_path, monkeypatch):
-    path = shard(tmp_path / "0.tar", [("a.jpg", b"a"), ("a.txt", b"one")])
+    (path,) = tars(tmp_path, 1)
     scanned = []
     monkeypatch.setattr(tar_index, "scan", lambda shard: scanned.append(shard) or scan(shard))
-    contents = [Tars([path]).captions(0) for _ in range(2)]
-    assert contents == [["one"]] * 2 and len(scanned) == 1
-    (index,) = (tmp_path / "cache/tar-index").glob("*.index")
-    (joined,) = (tmp_path / "cache/tar-index").glob("*.joined")
-    index.write_bytes(index.read_bytes()[:-1])
-    joined.write_bytes(b"")
-    assert Tars([path]).captions(0) == ["one"] and len(scanned) == 2
-    content = bytearray(index.read_bytes())
-    content[0] ^= 1
-    index.write_bytes(content)
-    joined.unlink()
-    assert Tars([path]).captions(0) == ["one"] and len(scanned) == 3
+    assert [Tars([path], DataConfig()).image(0) for _ in range(2)] == [b"0"] * 2 and len(scanned) == 1
+    (index,), (joined,) = cached(tmp_path, ".index"), cached(tmp_path, ".joined")
+    content = index.read_bytes()
+    for number, damaged in enumerate((content[:-1], bytes([content[0] ^ 1]) + content[1:]), 2):
+        index.write_bytes(damaged)
+        joined.write_bytes(b"")
+        assert Tars([path], DataConfig()).image(0) == b"0" and len(scanned) == number
     shard(path, [("b.jpg", b"new"), ("b.txt", b"two")])
     os.utime(path, (1, 1))
-    assert Tars([path]).captions(0) == ["two"] and len(scanned) == 4
+    assert Tars([path], DataConfig()).captions(0) == ["two"] and len(scanned) == 4
 
 
 def test_a_start_reads_footers_alone_and_maps_one_file(tmp_path):
-    paths = [shard(tmp_path / f"{n}.tar", [("0.jpg", b"%d" % n), ("0.txt", b"t")]) for n in range(5)]
-    Tars(paths)
-    for index in (tmp_path / "cache/tar-index").glob("*.index"):
+    paths = tars(tmp_path, 5)
+    Tars(paths, DataConfig())
+    for index in cached(tmp_path, ".index"):
         content = index.read_bytes()
         index.write_bytes(bytes(24) + content[24:])  # rows that a start must not need
-    source = Tars(paths)
-    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    source = Tars(paths, DataConfig())
     assert [source.image(n) for n in range(5)] == [b"0", b"1", b"2", b"3", b"4"]
-    assert len(maps) == 1
+    assert Path("/proc/self/maps").read_text().count(f"{tmp_path}/") == 1
 
 
-def test_without_one_array_for_all_shards_the_rows_of_open_ones_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("ds_cmli.data.sources.tars.MAX_FULL", 1)
+@pytest.mark.parametrize("max_joined", [1, 12])  # rows of open shards, or of all in one array
+def test_few_shards_are_open_at_a_time(tmp_path, monkeypatch, max_joined):
+    monkeypatch.setattr("ds_cmli.data.sources.tars.MAX_FULL", max_joined)
     monkeypatch.setattr("ds_cmli.data.sources.tars.MAX_OPEN", 2)
-    paths = [make.tar(tmp_path / f"{n}.tar", 3, first=3 * n) for n in range(4)]
-    source = Tars([tmp_path / path for path in paths])
-    assert source.joined_rows is None
+    before = len(os.listdir("/proc/self/fd"))
+    source = Tars([Path(make.tar(tmp_path / f"{n}.tar", 3, first=3 * n)) for n in range(4)], DataConfig())
     for n in np.random.default_rng(0).permutation(12).tolist() * 2:
         assert source.captions(n) == [f"a blue circle {n}"] and source.image(n) == make.png(n)
-    assert len(source.open) == len(source.open_rows) == 2
+    assert len(os.listdir("/proc/self/fd")) <= before + 2 + (max_joined > 1)  # and that of the array's map
+    assert source.name(5) == "1.tar/0005.png"
 
 
 def test_shards_that_were_indexed_before_a_stop_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(tar_index, "NUM_THREADS", 1)
-    paths = [shard(tmp_path / f"{n}.tar", [("0.jpg", b"J"), ("0.txt", b"t")]) for n in range(6)]
+    paths = tars(tmp_path, 6)
     paths[4].write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"4\.tar is no whole, uncompressed tar"):
-        Tars(paths)
-    assert len(list((tmp_path / "cache/tar-index").glob("*.index"))) >= 4
+        Tars(paths, DataConfig())
+    assert len(cached(tmp_path, ".index")) >= 4
 
 
 def test_progress_is_a_line_and_heartbeats_come(tmp_path, monkeypatch, capsys):
@@ -127,9 +132,8 @@ def test_progress_is_a_line_and_heartbeats_come(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tar_index, "SECONDS_OF_WAITING", 0.02)
     monkeypatch.setattr(tar_index, "NUM_THREADS", 2)
     monkeypatch.setattr(tar_index, "scan", lambda path: time.sleep(0.05) or scan(path))
-    paths = [shard(tmp_path / f"{n}.tar", [("0.jpg", b"J"), ("0.txt", b"t")]) for n in range(8)]
     beats = []
-    Tars(paths, heartbeat=lambda: beats.append(1))
+    Tars(tars(tmp_path, 8), DataConfig(), heartbeat=lambda: beats.append(1))
     assert len(beats) > 4
     assert "of 8 tars, some" in capsys.readouterr().out
 
@@ -150,10 +154,9 @@ def scanned_by_rank(rank, world_size, folder):
 
 
 def test_all_ranks_make_missing_indices(tmp_path):
-    for n in range(12):
-        shard(tmp_path / f"{n:02}.tar", [("0.jpg", b"J"), ("0.txt", b"t")])
+    paths = tars(tmp_path, 12)
     results = ranks.run(scanned_by_rank, 2, tmp_path)
     names = [set(scanned) for scanned, _ in results]
-    assert names[0] | names[1] == {f"{n:02}.tar" for n in range(12)}
+    assert names[0] | names[1] == {path.name for path in paths}
     assert all(len(scanned) >= 3 for scanned in names) and len(names[0] & names[1]) <= 2
     assert all(sizes == [1] * 12 for _, sizes in results)

@@ -78,17 +78,11 @@ class ArrowRows:
                 image_columns.append(name)
             elif "string" in dtype:
                 text_columns.append(name)
-        # Without a setting: the only column of its type, or the one of a usual name.
-        self.image_key = config.image_key
-        if not self.image_key and len(image_columns) == 1:
-            (self.image_key,) = image_columns
-        self.image_key = self.image_key or find_column(image_columns, IMAGE_COLUMNS, IMAGE_SETTING)
+        self.image_key = config.image_key or _only(image_columns, IMAGE_COLUMNS, IMAGE_SETTING)
         self.caption_weights = config.caption_weights
         self.caption_keys = list(self.caption_weights or filter(None, [config.caption_key]))
-        if not self.caption_keys and len(text_columns) == 1:
-            self.caption_keys = text_columns
         if not self.caption_keys:
-            self.caption_keys = [find_column(text_columns, CAPTION_COLUMNS, CAPTION_SETTING)]
+            self.caption_keys = [_only(text_columns, CAPTION_COLUMNS, CAPTION_SETTING)]
         self.images = dataset.select_columns([self.image_key]).with_format(None)
         self.texts = dataset.select_columns(self.caption_keys).with_format(None)
 
@@ -113,8 +107,10 @@ class ArrowRows:
 
     def fingerprint(self) -> dict[str, object]:
         # `datasets`' own fingerprint depends on paths and dates of files, which do not count here.
-        num_bytes = {
-            "image": self.images.data.nbytes,
-            "caption": self.texts.data.nbytes,
-        }
+        num_bytes = {"image": self.images.data.nbytes, "caption": self.texts.data.nbytes}
         return {"images": len(self), "columns": self.columns, "bytes": num_bytes}
+
+
+def _only(columns: list[str], usual: set[str], setting: str) -> str:
+    """Return the only column of a type, or of several the one of a usual name."""
+    return columns[0] if len(columns) == 1 else find_column(columns, usual, setting)

@@ -7,7 +7,6 @@ when its turn comes. URLs are fsspec's: `s3://`, `gs://`, `hf://`, `https://`.
 import json
 import math
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -23,7 +22,7 @@ from ds_cmli.data.order import Order, WindowedOrder
 from ds_cmli.data.shard_cache import LostShard, Shard, ShardCache, shards_folder, start_fetching
 from ds_cmli.data.sources import Source
 from ds_cmli.data.sources.tar_index import read_footer, read_rows
-from ds_cmli.data.sources.tars import Tars
+from ds_cmli.data.sources.tars import Shards, Tars
 from ds_cmli.errors import UserError, blame
 from ds_cmli.pretrained import fetched_on_this_node
 
@@ -60,14 +59,14 @@ def open_copied(
     files: list[Path], config: DataConfig, heartbeat: Callable[[], None] = lambda: None
 ) -> dict[str, Source]:
     """Open local tars, of which copies are read: `data.cache`."""
-    tars = Tars(files, config.caption_key, heartbeat)
+    tars = Tars(files, config, heartbeat)
     shards = [Shard(str(file.absolute()), file.stat().st_size) for file in files]
     listing = Listing(shards, tars.shard_sizes.tolist())
     return {"train": CopiedTars(listing, config, tars.fingerprint(), is_remote=False)}
 
 
-class CopiedTars(Tars):
-    """Tars of known numbers of samples, of which copies are read.
+class CopiedTars(Shards):
+    """Tars of which copies are read.
 
     All samples of a shard that does not exist or is damaged are bad ones. If a shard has fewer
     samples than its number, those that lack are bad ones; if it has more, they are left out.
@@ -80,60 +79,39 @@ class CopiedTars(Tars):
         fingerprint: Mapping[str, object],
         is_remote: bool,
     ):
-        self.urls = listing.shards
-        self.caption_key = config.caption_key
-        self.weighted_keys = config.caption_weights or ()
+        super().__init__(listing.counts, config)
+        self.shards = listing.shards
         self.content = fingerprint
         self.is_remote = is_remote
-        self.left_out = 0
-        self.shard_sizes = np.array(listing.counts, np.int64)
-        self.starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
-        self.joined_rows = None
-        self.open = OrderedDict[int, int]()
-        self.open_rows = {}
         self.cache = ShardCache(int(config.cache_gb * GB))
         start_fetching(self.cache.max_bytes)
-        self.lost: dict[int, str] = {}  # shard -> reason
 
     def prefetch(self, indices: Iterable[int]) -> None:
         """Have the shards of some samples fetched, which are read soon."""
         numbers = np.searchsorted(self.starts, list(indices), side="right") - 1
-        shards = dict.fromkeys(numbers.tolist())  # in their order, without repeats
-        self.cache.want(self.urls[shard] for shard in shards if shard not in self.lost)
+        # In their order, without repeats.
+        self.cache.want(self.shards[shard] for shard in dict.fromkeys(numbers.tolist()))
 
     def name(self, index: int) -> str:
-        shard = self._shard_of(index)
-        return f"{self.urls[shard].url}, sample {index - int(self.starts[shard])}"
+        shard, number = self.place(index)
+        return f"{self.shards[shard].url}, sample {number}"
 
     def fingerprint(self) -> dict[str, object]:
         return {"images": len(self), **self.content}
 
-    def _at(self, index: int) -> tuple[int, np.void]:
-        shard = self._shard_of(index)
-        self._descriptor(shard)
-        rows = self.open_rows[shard]
-        number = index - int(self.starts[shard])
-        if number >= len(rows):
-            count = self.shard_sizes[shard]
-            raise ValueError(f"the shard has {len(rows):,} samples and not {count:,}")
-        return shard, rows[number]
-
-    def _open(self, shard: int) -> tuple[int, np.ndarray]:
-        """Return the descriptor of a shard's copy, and its rows. Raises `LostShard`."""
-        num_samples = int(self.shard_sizes[shard])
-        if shard in self.lost:
-            raise LostShard(self.lost[shard], num_samples)
+    def open_shard(self, shard: int) -> tuple[int, np.ndarray]:
+        """Return a descriptor of a shard's copy, and its rows. Raises `LostShard`."""
         while True:
             try:
-                copy = self.cache.get(self.urls[shard])
+                copy = self.cache.get(self.shards[shard])
                 index = read_footer(copy.with_suffix(".rows"))
                 if index is not None:
                     return os.open(copy, os.O_RDONLY | os.O_CLOEXEC), read_rows(index)
             except FileNotFoundError:  # another shard has just taken its place
                 continue
             except LostShard as error:
-                self.lost[shard] = str(error)
-                raise LostShard(self.lost[shard], num_samples) from None
+                error.num_samples = int(self.shard_sizes[shard])
+                raise
 
 
 def check_cache(sources: list[Source], order: Order, cache_gb: float) -> None:
@@ -142,7 +120,7 @@ def check_cache(sources: list[Source], order: Order, cache_gb: float) -> None:
     They are the shards of its ranks' lanes, and one that is fetched.
     """
     copied = [source for source in sources if isinstance(source, CopiedTars)]
-    sizes = sorted((shard.size or 0 for tars in copied for shard in tars.urls), reverse=True)
+    sizes = sorted((shard.size or 0 for tars in copied for shard in tars.shards), reverse=True)
     if isinstance(order, WindowedOrder):
         # Ranks whose numbers are equal modulo this read the same lanes.
         num_groups = math.gcd(order.window, int(os.environ.get("WORLD_SIZE", "1")))
