@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "ds_cmli"
-MAX_LINES = {PACKAGE: 18_900, "tests": 12_500}  # of Python
+MAX_LINES = {PACKAGE: 18_700, "tests": 12_600}  # of Python
 MAX_FILE_LINES = 500
 
 

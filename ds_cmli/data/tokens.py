@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 WORDS = Path(__file__).with_name("words.txt")
+MAX_UNUSED_IDS = 10_000  # beside as many as there are tokens: embeddings that nothing trains
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -66,10 +67,19 @@ class CaptionTokenizer:
             lacks = "fast version (tokenizer.json)" if backend is None else "padding or end token"
             raise ValueError(f"it has no {lacks}: choose another")
         self.pad_id = int(pad_id)
-        self.vocab_size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+        num_tokens = len(tokenizer)
+        largest_id = max(tokenizer.get_vocab().values(), default=0)
+        if largest_id > 2 * num_tokens + MAX_UNUSED_IDS:
+            raise ValueError(f"the largest of its {num_tokens:,} ids is {largest_id:,}")
+        self.vocab_size = max(num_tokens, 1 + largest_id)
         # A copy, because transformers changes truncation and padding of its own at every call.
         self.backend = Tokenizer.from_str(backend.to_str())
         self.backend.no_padding()
+        self.backend.no_truncation()
+        encoding = self.backend.encode("a b", add_special_tokens=False)
+        starts = [start for start, _ in encoding.offsets]
+        if starts != sorted(starts):
+            raise ValueError(f"its tokens of 'a b' are {encoding.ids}: its template repeats a text")
         self.backend.enable_truncation(positions)
         if full and tokenizer.padding_side == "left":
             self.backend.enable_padding(
@@ -80,6 +90,9 @@ class CaptionTokenizer:
         names = ("pad", "cls", "sep", "bos", "eos")
         named_ids = {getattr(tokenizer, f"{name}_token_id") for name in names}
         self.special_ids = {self.pad_id, *named_ids} - {None}
+        ids = self("a").input_ids
+        if max(ids, default=0) >= self.vocab_size or len(ids) > positions:
+            raise ValueError(f"its tokens of 'a' are {ids}, of {self.vocab_size:,}")
 
     def __call__(self, text: str) -> Tokens:
         with blame(f"data.tokenizer is {self.name!r}, which cannot split {text[:60]!r}"):

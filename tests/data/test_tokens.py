@@ -44,6 +44,29 @@ def assert_refused(name):
     assert "\n" not in str(error.value)
 
 
+def far(content):
+    content["post_processor"]["special_tokens"]["[SEP]"]["ids"] = [10**6]
+
+
+def many(content):
+    content["post_processor"]["single"] *= 5
+
+
+def thrice(content):
+    (text,) = (part for part in content["post_processor"]["single"] if "Sequence" in part)
+    content["post_processor"]["single"] += [text, text]
+
+
+def gap(content):
+    content["model"]["vocab"]["[UNK]"] = 10**8
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "[UNK]"]
+
+
+@pytest.mark.parametrize("damage", [far, many, thrice, gap])
+def test_a_damaged_file_that_can_be_read_is_one_line(tmp_path, damage):
+    assert_refused(save(tmp_path, damage, pad_token="[PAD]"))
+
+
 def test_a_tokenizer_that_cannot_serve_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert_refused(save(tmp_path / "without a padding or end token", lambda content: None))
