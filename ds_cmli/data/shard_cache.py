@@ -55,6 +55,7 @@ class Shard(NamedTuple):
 
     url: str  # as fsspec takes it
     size: int | None  # bytes, if known
+    num_samples: int = 0  # as is known before it is read
 
 
 class LostShard(ValueError):

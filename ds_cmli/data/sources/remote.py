@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -31,13 +31,6 @@ MAX_TRIES = 4  # of what is read before the run
 GB = 10**9
 
 
-class Listing(NamedTuple):
-    """The shards of a name, and the numbers of samples in them."""
-
-    shards: list[Shard]
-    counts: list[int]
-
-
 def is_url(name: str) -> bool:
     """Return whether a name is that of tars in a storage."""
     return "://" in name and name.endswith(".tar")
@@ -50,9 +43,9 @@ def open_remote(name: str, urls: list[str], config: DataConfig) -> dict[str, Sou
     there are no numbers.
     """
     with blame(f"data.source is {name!r}, which cannot be read"):
-        listing = list_once(name, urls)
-    content = sha256(json.dumps(listing).encode()).hexdigest()
-    return {"train": CopiedTars(listing, config, {"shards": content}, is_remote=True)}
+        shards = list_once(name, urls)
+    content = sha256(json.dumps(shards).encode()).hexdigest()
+    return {"train": CopiedTars(shards, config, {"shards": content})}
 
 
 def open_copied(
@@ -60,9 +53,11 @@ def open_copied(
 ) -> dict[str, Source]:
     """Open local tars, of which copies are read: `data.cache`."""
     tars = Tars(files, config, heartbeat)
-    shards = [Shard(str(file.absolute()), file.stat().st_size) for file in files]
-    listing = Listing(shards, tars.shard_sizes.tolist())
-    return {"train": CopiedTars(listing, config, tars.fingerprint(), is_remote=False)}
+    shards = [
+        Shard(str(file.absolute()), file.stat().st_size, index.num_samples)
+        for file, index in zip(files, tars.indices, strict=True)
+    ]
+    return {"train": CopiedTars(shards, config, tars.fingerprint())}
 
 
 class CopiedTars(Shards):
@@ -72,17 +67,11 @@ class CopiedTars(Shards):
     samples than its number, those that lack are bad ones; if it has more, they are left out.
     """
 
-    def __init__(
-        self,
-        listing: Listing,
-        config: DataConfig,
-        fingerprint: Mapping[str, object],
-        is_remote: bool,
-    ):
-        super().__init__(listing.counts, config)
-        self.shards = listing.shards
+    def __init__(self, shards: list[Shard], config: DataConfig, fingerprint: Mapping[str, object]):
+        super().__init__([shard.num_samples for shard in shards], config)
+        self.shards = shards
         self.content = fingerprint
-        self.is_remote = is_remote
+        self.is_remote = is_url(shards[0].url)
         self.cache = ShardCache(int(config.cache_gb * GB))
         start_fetching(self.cache.max_bytes)
 
@@ -110,7 +99,7 @@ class CopiedTars(Shards):
             except FileNotFoundError:  # another shard has just taken its place
                 continue
             except LostShard as error:
-                error.num_samples = int(self.shard_sizes[shard])
+                error.num_samples = self.shards[shard].num_samples
                 raise
 
 
@@ -138,7 +127,7 @@ def check_cache(sources: list[Source], order: Order, cache_gb: float) -> None:
 # --- what is known before the run
 
 
-def list_once(name: str, urls: list[str]) -> Listing:
+def list_once(name: str, urls: list[str]) -> list[Shard]:
     """Return `list_shards`; one rank of a node asks for it, and the others read its answer."""
     digest = sha256(name.encode(errors="surrogatepass")).hexdigest()
     file = shards_folder() / f"{digest[:24]}.listing"
@@ -146,12 +135,11 @@ def list_once(name: str, urls: list[str]) -> Listing:
         if not is_listed:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(list_shards(urls)))
-        shards, counts = json.loads(file.read_text())
-    return Listing([Shard(*shard) for shard in shards], counts)
+        return [Shard(*shard) for shard in json.loads(file.read_text())]
 
 
-def list_shards(urls: list[str]) -> Listing:
-    """Return the shards at the URLs, in which `*` stands for any name, and their sizes.
+def list_shards(urls: list[str]) -> list[Shard]:
+    """Return the shards at the URLs, in which `*` stands for any name.
 
     Raises `UserError` if none exists, or if their numbers of samples are not given beside them.
     """
@@ -173,8 +161,9 @@ def list_shards(urls: list[str]) -> Listing:
         example = '{"00000.tar": 10000, "00001.tar": 9998}'
         beside = f"{unknown[0].removesuffix('.tar')}_stats.json (img2dataset) nor a sizes.json"
         raise UserError(f"no number of samples is given by {beside}: write one, as {example}")
-    shards = [Shard(storage.unstrip_protocol(path), sizes[path]) for path in paths]
-    return Listing(shards, [counts.get(path, 0) for path in paths])
+    return [
+        Shard(storage.unstrip_protocol(path), sizes[path], counts.get(path, 0)) for path in paths
+    ]
 
 
 def sizes_of(storage: Any, paths: list[str]) -> dict[str, int | None]:
@@ -194,18 +183,18 @@ def counts_beside(storage: Any, paths: list[str]) -> dict[str, int]:
     """
     counts: dict[str, int] = {}
     folders = {path.rpartition("/")[0] for path in paths}
-    for folder, content in ask_each(
-        lambda path: storage.cat_file(f"{path}/sizes.json"), folders
-    ).items():
-        sizes = json.loads(content or b"{}")
+    for folder, sizes in read_each(storage, folders, "/sizes.json").items():
         counts |= {f"{folder}/{name}": int(count) for name, count in sizes.items()}
-    stats = {
-        path: f"{path.removesuffix('.tar')}_stats.json" for path in paths if path not in counts
-    }
-    for path, content in ask_each(lambda path: storage.cat_file(stats[path]), stats).items():
-        if content is not None:
-            counts[path] = int(json.loads(content)["successes"])
+    stems = [path.removesuffix(".tar") for path in paths if path not in counts]
+    for stem, stats in read_each(storage, stems, "_stats.json").items():
+        counts[f"{stem}.tar"] = int(stats["successes"])
     return counts
+
+
+def read_each(storage: Any, stems: Iterable[str], ending: str) -> dict[str, Any]:
+    """Return the content of the JSON file STEM + `ending` of each stem that has one."""
+    contents = ask_each(lambda stem: storage.cat_file(stem + ending), stems)
+    return {stem: json.loads(content) for stem, content in contents.items() if content is not None}
 
 
 def ask_each(ask: Callable[[str], Any], paths: Iterable[str]) -> dict[str, Any]:

@@ -103,10 +103,7 @@ class Tars(Shards):
     """Local tars, as img2dataset writes them, read in place."""
 
     def __init__(
-        self,
-        shards: list[Path],
-        config: DataConfig,
-        heartbeat: Callable[[], None] = lambda: None,
+        self, shards: list[Path], config: DataConfig, heartbeat: Callable[[], None] = lambda: None
     ):
         self.shards = shards
         self.indices = index_shards(shards, heartbeat)
