@@ -1,4 +1,5 @@
 import shutil
+from functools import partial
 
 import datasets
 import pytest
@@ -52,8 +53,8 @@ def test_weights_belong_to_all_sources_or_none():
 def test_a_share_is_held_out_by_name_whatever_the_order(tmp_path):
     make.pairs(tmp_path / "a", 40)
     first = build_data(config(source=str(tmp_path / "a"), held_out=8), 0)
-    table = tmp_path / "a/metadata.jsonl"
-    table.write_text("\n".join(reversed(table.read_text().splitlines())))
+    lines = (tmp_path / "a/metadata.jsonl").read_text().splitlines()
+    (tmp_path / "a/metadata.jsonl").write_text("\n".join(reversed(lines)))
     again = build_data(config(source=str(tmp_path / "a"), held_out=0.2), 1)
     names = [{data.evals["val"].name(i) for i in range(8)} for data in (first, again)]
     assert names[0] == names[1]
@@ -123,15 +124,9 @@ def test_few_held_out_pictures_are_a_line(tmp_path, num_held_out, is_told):
     assert (line in summary) == is_told == any("are held out: recalls" in line for line in summary)
 
 
-def change_caption(folder):
+def replace_in_table(folder, old, new):
     table = folder / "metadata.jsonl"
-    table.write_text(table.read_text().replace("square 3", "square 4"))
-
-
-def change_name(folder):
-    table = folder / "metadata.jsonl"
-    table.write_text(table.read_text().replace('"3.png"', '"33.png"'))
-    (folder / "3.png").rename(folder / "33.png")
+    table.write_text(table.read_text().replace(old, new))
 
 
 def lengthen_captions(folder):
@@ -141,8 +136,8 @@ def lengthen_captions(folder):
 
 
 CHANGES = {  # of a source, and of validation data: how both are made, and changed
-    "caption": (make.pairs, change_caption),
-    "name": (make.pairs, change_name),
+    "caption": (make.pairs, partial(replace_in_table, old="square 3", new="square 4")),
+    "name": (make.pairs, partial(replace_in_table, old='"3.png"', new='"33.png"')),
     "number": (make.pairs, lambda folder: make.pairs(folder, 25)),
     "parquet": (make.parquet, lengthen_captions),
 }
