@@ -129,11 +129,7 @@ def check_columns(name: str, source: Source, weights: Mapping[str, float]) -> No
 
 
 def order_of(images: Images, weights: list[float] | None, window: int | None) -> tuple[Order, str]:
-    """Return the order of the training set, and a line about it.
-
-    Args:
-        window: as `data.shuffle_window`.
-    """
+    """Return the order of the training set by `data.shuffle_window`, and a line about it."""
     if window is None:
         in_shards = [share for share in images.sources if hasattr(share[0], "shard_sizes")]
         num_images = sum(len(indices) for _, indices in in_shards)
@@ -194,6 +190,7 @@ def _demo(config: DataConfig, seed: int) -> Data:
     tokenizer = tokenizer_of(config)
     shared = pictures, tokenizer, config.scenes
     train = Scenes("train", seed, TRAIN_SCENES, *shared, View.of(config, seed))
-    evals = {name: Scenes(name, EVAL_SEED, EVAL_SCENES, *shared) for name in ("seen", "unseen")}
+    held_out = EVAL_SEED, EVAL_SCENES, *shared, View.of(config)
+    evals = {split: Scenes(split, *held_out) for split in ("seen", "unseen")}
     summary = [f"data: demo: {TRAIN_SCENES:,} scenes to train on, {2 * EVAL_SCENES} held out"]
     return Data(train, FullOrder([TRAIN_SCENES]), evals, tokenizer, summary)

@@ -43,13 +43,10 @@ def held_out_parts(
 
 
 def hold_out(name: str, source: Source, wanted: float | None) -> np.ndarray:
-    """Return the images of a source that are held out of training: int64 [n], in their order.
+    """Return the images of a source that `data.held_out` wants: int64 [n], in their order.
 
     They have the lowest of pseudorandom numbers that are always the same. Those of a large source
     are from few of its shards, so that an evaluation does not fetch all of them.
-
-    Args:
-        wanted: as `data.held_out`.
     """
     count = min(MAX_HELD_OUT, max(1, round(HELD_OUT_SHARE * len(source))))
     if wanted is not None:

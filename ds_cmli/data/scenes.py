@@ -11,6 +11,7 @@ import random
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import compress
 
@@ -100,53 +101,42 @@ def _concepts() -> list[tuple[dict[str, str], Image.Image]]:
     return list(concepts.values())
 
 
+@dataclass(eq=False)
 class Scenes(Dataset):
     """A map-style data set of scenes, each a pure function of (split, seed, index).
 
     A scene shows one to four different pictures, each in its own quarter of a white image; its
     caption is their names in random order, or a sentence with three or four of them. A random patch
-    lies in the picture that a token of a name stands for with probability 1/4.
-
-    In training a scene is as much more probable as it has pictures: these teach more at the same
-    cost.
+    lies in the picture that a token of a name stands for with probability 1/4. In training a scene
+    is as much more probable as it has pictures: these teach more at the same cost.
 
     "train" and "seen" show training concepts, but never the same pictures in the same
     quarters; "unseen" shows held-out concepts. No two validation scenes show the same pictures, so
     each caption has one right image.
-
-    Args:
-        captions: "names" or "sentences", as `data.scenes`.
-        view: colour jitter and flips.
     """
 
-    def __init__(
-        self,
-        split: str,
-        seed: int,
-        length: int,
-        pictures: DemoPictures,
-        tokenizer: CaptionTokenizer,
-        captions: str = "names",
-        view: View | None = None,
-    ):
-        self.view = view or View(pictures.size)
+    split: str
+    seed: int
+    length: int
+    pictures: DemoPictures
+    tokenizer: CaptionTokenizer
+    captions: str  # as `data.scenes`
+    view: View  # changes colours, and flips
+
+    def __post_init__(self) -> None:
         if "random_resized_crop" in self.view.augmentation:
             why = "the demo's scenes keep their pictures in quarters, leave it out"
             raise UserError(f"data.augmentation has 'random_resized_crop': {why}")
-        self.split = split
-        self.seed = seed
-        self.length = length
-        self.pictures = pictures
-        self.tokenizer = tokenizer
-        self.words, self.counts = CAPTIONS[captions]
-        self.concepts = pictures.held_out if split == "unseen" else pictures.training
+        self.words, self.counts = CAPTIONS[self.captions]
+        is_unseen = self.split == "unseen"
+        self.concepts = self.pictures.held_out if is_unseen else self.pictures.training
         # Drawn in advance for validation; training scenes are drawn on request.
         self._layouts: list[Layout] = []
         shown: set[frozenset[int]] = set()
-        for index in range(0 if split == "train" else length):
+        for index in range(0 if self.split == "train" else self.length):
             for layout in self._draw(index):
                 concepts = frozenset(concept for concept, _ in layout)
-                if concepts not in shown and (split == "unseen" or _reserved(layout)):
+                if concepts not in shown and (is_unseen or _reserved(layout)):
                     break
             shown.add(concepts)
             self._layouts.append(layout)

@@ -11,6 +11,7 @@ from ds_cmli.data.tokens import tokenizer_of
 from ds_cmli.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("demo")
+PLAIN = View(56)
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +24,8 @@ def tokenizer():
     return tokenizer_of(DataConfig(tokenizer="builtin", context_length=64))
 
 
-def scenes(pictures, tokenizer, split="train", seed=0, length=200, **options):
-    return Scenes(split, seed, length, pictures, tokenizer, **options)
+def scenes(pictures, tokenizer, split="train", seed=0, length=200, captions="names", view=PLAIN):
+    return Scenes(split, seed, length, pictures, tokenizer, captions, view)
 
 
 def test_a_scene_is_a_function_of_split_seed_and_index(pictures, tokenizer):
