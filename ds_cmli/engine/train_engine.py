@@ -96,7 +96,7 @@ class TrainEngine:
             for index, batch in enumerate(micro_batches):
                 host_state, device_states = random_states[index]
                 torch.set_rng_state(host_state)
-                set_device_states(*device_states)
+                set_device_states(*device_states, device_type=self.device.type)
                 step_losses.append(self._forward_backward(batch, pairs, index))  # collectives
                 self.update()  # collectives
                 heartbeat()

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 from torch.cuda import _memory_viz as viz
+from torch.utils.checkpoint import DefaultDeviceType
 from transformers import AutoConfig
 
 from ds_cmli import engine
@@ -154,7 +155,9 @@ def test_parameters_are_flattened_on_the_host_where_the_device_has_no_room_for_b
     assert little.categories == usual.categories
 
 
-def test_cached_micro_batches_hold_features_and_a_gpu_without_the_kernels_takes_the_fallback():
+def test_cached_micro_batches_hold_features_and_a_gpu_without_the_kernels_takes_the_fallback(monkeypatch):
+    # A step of this process on the CPU lets PyTorch remember that as the device to draw on.
+    monkeypatch.setattr(DefaultDeviceType, "_default_device_type", "cpu")
     json_ = {**ds_json(1), "gradient_accumulation_steps": 2}
     cached = predicted(Step(config(("cmli",), optim={"negatives": "global_batch"}), json_, 2), A100)
     assert cached.categories["cached features"] > 0 and cached.setting["cmli_backend"] == "triton"
