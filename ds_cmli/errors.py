@@ -70,10 +70,9 @@ MAX_NAMES = 30  # that one line names
 def nearest(name: str, known: Iterable[object]) -> str:
     """Return a hint for an unknown name: `did you mean 'x'?`, or the known names, or some."""
     names = sorted(map(str, known))
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if close:
+    if close := difflib.get_close_matches(name, names, n=1, cutoff=0.5):
         return f"did you mean '{close[0]}'?"
-    some = difflib.get_close_matches(name, names, n=5, cutoff=0)
-    if len(names) > MAX_NAMES and some:
-        return f"known, of {len(names)}, for instance: {', '.join(some)}"
+    if len(names) > MAX_NAMES:
+        nearest_names = difflib.get_close_matches(name, names, n=5, cutoff=0)
+        return f"known, of {len(names)}, for instance: {', '.join(nearest_names)}"
     return f"known: {', '.join(names)}"

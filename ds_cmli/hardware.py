@@ -10,7 +10,8 @@ WITHOUT_BF16 = "SSE41 AVX AVX2 AVX2_VNNI AVX2_VNNI_2 AVX512_CORE AVX512_CORE_VNN
 # Flags in /proc/cpuinfo of processors with bf16 instructions: x86 with AVX-512 or AMX, and Arm.
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 DETERMINISTIC_CUBLAS = ":4096:8"  # the CUBLAS_WORKSPACE_CONFIG with which cuBLAS is deterministic
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+M_TRIM_THRESHOLD = -1  # of glibc's malloc.h, as the next one
+M_MMAP_MAX = -4
 
 
 def onednn_limit() -> str:

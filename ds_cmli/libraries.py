@@ -31,8 +31,8 @@ def importing() -> Iterator[None]:
     Garbage collection is off inside: a sixth of a start would be spent on looking for garbage among
     a million imported objects.
     """
-    before = {*sys.modules}
-    hidden = {"mlflow", "wandb"} - before
+    imported_before = {*sys.modules}
+    hidden = {"mlflow", "wandb"} - imported_before
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
     collects = gc.isenabled()
     gc.disable()
@@ -41,7 +41,7 @@ def importing() -> Iterator[None]:
     finally:
         for name in hidden:
             del sys.modules[name]
-        if sys.modules.keys() > before:
+        if sys.modules.keys() > imported_before:
             gc.freeze()
             atexit.register(gc.unfreeze)  # triton would report what is left then as leaked
         if collects:

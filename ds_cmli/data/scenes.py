@@ -37,7 +37,7 @@ SMALLEST_CELL = 8  # pixels
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 STARTS = ("a picture of ", "this shows ", "there is ", "here we see ")
 LINKS = (" next to ", " and ", " beside ", " together with ")
-# Of `data.scenes`: words before the first name and before the others, and the numbers of pictures.
+# `data.scenes` -> words before the first name and before the others, and the numbers of pictures.
 # With "names" each token has a place in the picture, as a comma would not.
 CAPTIONS: dict[str, tuple[tuple[Sequence[str], Sequence[str]], list[int]]] = {
     "names": (([""], [" "]), [1, 2, 3, 4]),

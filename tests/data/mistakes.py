@@ -33,6 +33,7 @@ MISTAKES = [
     (WEIGHTS % '1, "lnog": 1', "lnog", pairs),
     (WEIGHTS % 1 + " --csv-caption-key long", "data.caption_key", pairs),
     (WEIGHTS.replace("pairs", "splits.json") % 1, "data.caption_weights", karpathy),
+    (WEIGHTS.replace("pairs", "0.tar") % 1, "0.tar no such captions", lambda here: make.tar(here / "0.tar")),
     (WEIGHTS.replace("{here}/pairs", "demo") % 1, "data.caption_weights"),
     (PAIRS + " --set data.caption_weights={{}}", "data.caption_weights", pairs),
     (PAIRS + " --val-data {here}/blank", "no captions to evaluate on", blank_validation),

@@ -17,13 +17,6 @@ class InShards:
         return int(self.shard_sizes.sum())
 
 
-def test_numbers_without_some():
-    for length, left_out in ((1, []), (2, [1]), (2, [0, 1]), (9, [0, 3, 4, 8])):
-        left_out = np.array(left_out, np.int64)
-        numbers = AllBut(length, left_out)
-        assert [numbers[i] for i in range(len(numbers))] == np.delete(np.arange(length), left_out).tolist()
-
-
 def test_few_shards_have_what_is_held_out_of_many():
     sizes = np.full(10_000, 9_000)
     held_out = hold_out("bucket", InShards(sizes), None)
