@@ -59,7 +59,7 @@ class StudentConfig:
     image_backbone: Name = "timm"
     """ "timm", or a plugin's (docs/plugins.md)."""
     image_model: Name = "vit_small_patch14_dinov2"
-    """timm name."""
+    """Its name in timm."""
     image_weights: Name = "demo"
     """ "demo" (packaged), "hub" (by model name), "random", or a path."""
     image_overrides: dict[str, Any] = Field(default_factory=dict)
@@ -69,7 +69,7 @@ class StudentConfig:
     text_model: Name = "bert"
     """Transformers name, or architecture."""
     text_weights: Name = "demo"
-    """As for images."""
+    """As `image_weights`."""
     text_overrides: dict[str, Any] = Field(default_factory=dict)
     """Fields of transformers' config."""
     layers: Count | None = None
@@ -79,7 +79,7 @@ class StudentConfig:
     embed_dim: Annotated[int, Field(ge=1, le=2048)] = 256
     """D, the embedding dimension."""
     dropout: BelowOne = 0.1
-    """After the text encoder's layers, as in BERT's training."""
+    """The dropout after the text encoder's layers, as in BERT's training."""
     freeze_image: Number = 0
     """First layers that are frozen, with the embeddings below."""
     freeze_text: Number = 0
@@ -87,9 +87,9 @@ class StudentConfig:
     lora: dict[Literal["image", "text"], Names] = Field(default_factory=dict)
     """LoRA: ends of names of layers with adapters, as {"text": ["query"]}; the rest is frozen."""
     lora_rank: Annotated[int, Field(ge=1, le=1024)] = 8
-    """Of the adapters."""
+    """The rank of the adapters."""
     lora_alpha: Count = 16
-    """Divided by the rank: the factor of the adapters."""
+    """The adapters' factor, before it is divided by the rank."""
 
     def __post_init__(self) -> None:
         choice("student.image_backbone", self.image_backbone, IMAGE)
@@ -101,9 +101,9 @@ class TeacherConfig:
     model: Name = "vit_small_patch14_dinov2"
     """timm name."""
     weights: Name = "demo"
-    """As the student's."""
+    """As `student.image_weights`."""
     overrides: dict[str, Any] = Field(default_factory=dict)
-    """As the student's."""
+    """As `student.image_overrides`."""
     block: Annotated[int, Field(ge=-1000, le=1000)] = 9
     """The features are the output of this block, or stage, 0-based; negative: from the last."""
 
@@ -129,13 +129,13 @@ class DataConfig:
     """Columns, or keys in JSON, of captions, of which training draws each as often as its weight
     says; evaluations use all of them, or `caption_key`."""
     image_size: Annotated[int, Field(ge=1, le=4096)] = 84
-    """Pixels, square."""
+    """The side of the square pictures, in pixels."""
     resize: Resize = "crop"
     """ "crop": the central square is resized. "shortest", as CLIP: the shorter side is resized,
     then the square cut out. "squash", as SigLIP: all is resized. "_pillow": by Pillow, as
     open_clip."""
     interpolation: Interpolation = "bicubic"
-    """Of resizing."""
+    """The filter with which pictures are resized."""
     context_length: Annotated[int, Field(ge=3, le=65536)] = 64
     """The longest caption in tokens, with [CLS] and [SEP]."""
     padding: Literal["longest", "full"] = "longest"
@@ -171,18 +171,18 @@ class LossConfig:
     )
     """Weights of global, global_sigmoid, cmli, cmli_sigmoid, target_cmli, cls_kd; or a plugin's."""
     mse_reduction: Literal["mean", "sum"] = "mean"
-    """Over H; (7) and (9) are written as sums."""
+    """How squared differences are reduced over H; (7) and (9) are written as sums."""
     target_image_weight: NotNegative = 1.0
-    """Of patches (7) in the mean (10); 0: off."""
+    """The weight of patches (7) in the mean (10); 0: off."""
     target_text_weight: NotNegative = 1.0
-    """Of tokens (9) in it; 0: off."""
+    """The weight of tokens (9) in the mean (10); 0: off."""
     init_temperature: Temperature = 0.07
-    """Of the global loss."""
+    """The global loss's temperature at the start."""
     cmli_init_temperature: Temperature = 0.02
-    """Of CMLI, whose means of maxima vary less."""
+    """CMLI's temperature at the start: its means of maxima vary less."""
     init_bias: Annotated[float, Field(ge=-100, le=100)] | None = None
-    """Of the sigmoid losses. null: the authors' -10, and -14 of `cmli_sigmoid`; with some hundred
-    pairs or fewer ln(1/negatives) learns faster, as -3.5 of 32."""
+    """The sigmoid losses' bias at the start; null: the authors' -10, and -14 for `cmli_sigmoid`.
+    With some hundred pairs or fewer, ln(1/negatives) learns faster: -3.5 for 32."""
     cmli_backend: Literal["auto", "cpu", "triton", "torch"] = "auto"
     """All-pairs scores by C++ ("cpu"), kernels of GPUs ("triton"), or PyTorch ("torch")."""
 
@@ -202,7 +202,7 @@ class OptimConfig:
     lr: Positive = 1e-4
     """The learning rate after warmup, where the JSON says "auto"."""
     weight_decay: NotNegative = 0.05
-    """Not on norms, biases and embeddings."""
+    """The decay of weights, but not of norms, biases and embeddings."""
     lr_factors: dict[Literal["image", "text", "rest"], Positive] = Field(default_factory=dict)
     """Factors of the learning rate; "rest" is shared blocks, heads and temperatures."""
     layer_decay: Annotated[float, Field(ge=0.01, le=1)] = 1.0
@@ -216,7 +216,8 @@ class OptimConfig:
     micro_batch: Count = 64
     """B, pairs per rank, where the JSON says "auto"."""
     negatives: Literal["micro_batch", "global_batch"] = "global_batch"
-    """What an image is compared with under accumulation; all takes a second forward pass."""
+    """The texts with which an image is compared under accumulation: those of its micro-batch, or of
+    the whole step, which takes a second forward pass."""
     steps: Count | None = 300
     """Optimizer steps."""
     epochs: Positive | None = None
@@ -240,9 +241,10 @@ class OptimConfig:
 @dataclass(config=STRICT)
 class RunConfig:
     preset: Name = "quick"
-    """ quick, demo, paper, finetune (usual with `student.source`), tiny: all that is not given."""
+    """What is not given is taken from it: quick, demo, paper, tiny or finetune (usual with
+    `student.source`)."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """That of weights, data order and scenes."""
+    """The seed of weights, data order and scenes."""
     output_dir: Folder = ""
     """The run's folder; "": runs/<preset>-<date and time>."""
     log_every: Count = 10
