@@ -257,9 +257,8 @@ def download(shard: Shard, file: Path) -> None:
             is_refused = getattr(error, "status", None) in (401, 403)  # by HTTP
             is_refused = is_refused or isinstance(error, PermissionError)
             if is_refused or time.monotonic() + pause > deadline:
-                reason = f"{type(error).__name__}: {one_line(error)}"
-                tries = f"cannot be fetched ({number} tries)"
-                raise UserError(f"{shard.url} {tries}: {reason}") from None
+                with blame(f"{shard.url} cannot be fetched ({number} tries)"):
+                    raise
         time.sleep(pause)
         pause = min(2 * pause, MAX_PAUSE)
 
@@ -280,9 +279,8 @@ def serve(cache: ShardCache, ended: Callable[[], bool]) -> None:
                 fetching[shard] = pool.submit(cache.fetch, shard)
         now = time.monotonic()
         if num_awaited and now - last_line > LINE_SECONDS:
-            print_line(
-                f"data: waiting for {num_awaited} shards, {fetched_bytes() / 1e9:.2f} GB here"
-            )
+            gb_here = fetched_bytes() / 1e9
+            print_line(f"data: waiting for {num_awaited} shards, {gb_here:.2f} GB here")
         if not num_awaited or now - last_line > LINE_SECONDS:
             last_line = now
         time.sleep(POLL_SECONDS)
