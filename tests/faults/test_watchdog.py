@@ -176,6 +176,9 @@ def test_who_is_at_fault_follows_from_what_ranks_have_published(states, line):
 def test_a_slow_rank_has_ten_times_as_long():
     assert named(STATE._replace(is_slow=True), WAITS, seconds=50) is None
     assert named(STATE._replace(is_slow=True), WAITS, seconds=51) is not None
+    for silent, is_dead in ((50.0, False), (51.0, True)):
+        record = RankRecord(STATE._replace(is_slow=True), turn=0, silent=silent)
+        assert (diagnose([record], 5.0) is not None) == is_dead, f"silent for {silent} s"
 
 
 @pytest.mark.parametrize("code, line", [(1, "rank 1 on node node-7: has ended by an error; last step 5"), (2, "")])
