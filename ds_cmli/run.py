@@ -73,7 +73,7 @@ class Run:
                     micro_batches.append(next(batches))
                 self.watchdog.heartbeat()
         except Exception as loading_error:
-            # It is raised later, because the other ranks must not wait for this one.
+            # Raised later, because the other ranks must not wait for this one.
             error = loading_error
         signalled = preemption.requested() is not None
         save_due_here = self.checkpoints.due()  # by this rank's clock

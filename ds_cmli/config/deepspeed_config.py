@@ -117,8 +117,8 @@ class DeepSpeedConfig(dict[str, Any]):
         if "auto" not in enabled.values() and not fp16_is_missing:
             return self
         candidates = [name for name in supported if supported[name] and enabled[name] is not False]
-        # What is true in the JSON comes first, then "auto", then what the JSON does not name: a
-        # device without fp16 trains in bf16 instead.
+        # A precision that the JSON enables comes first, then "auto", then one that it does not
+        # name: a device without fp16 trains in bf16 instead.
         preference = (True, "auto", None)
         candidates.sort(key=lambda name: preference.index(enabled[name]))
         chosen = candidates[0] if candidates else "fp32"

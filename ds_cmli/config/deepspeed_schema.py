@@ -28,7 +28,7 @@ from ds_cmli.files import JsonObject, Section
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 NOTHING: tuple[object, ...] = (None, False, {}, {"enabled": False})
 ADAMS = ("adam", "adamw")
-# What DeepSpeed's universal checkpoint holds of an optimizer: the state of Adam, AdamW and RAdam.
+# DeepSpeed's universal checkpoint holds this state of an optimizer: that of Adam, AdamW, RAdam.
 RESUMABLE_STATE = {"step", "exp_avg", "exp_avg_sq"}
 BOOLEAN_KEYS = words("""
     disable_python_gc dump_state memory_breakdown prescale_gradients wall_clock_breakdown

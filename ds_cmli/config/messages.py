@@ -34,5 +34,10 @@ def setting_of_error(location: tuple[int | str, ...], content: Any) -> str:
         if not (is_key or is_index or part == "[key]"):
             break
         names.append(str(part))
-        content = content.get(part) if is_key else content[part] if is_index else None
+        if is_key:
+            content = content.get(part)
+        elif is_index:
+            content = content[part]
+        else:
+            content = None
     return ".".join(names)

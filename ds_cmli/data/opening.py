@@ -123,7 +123,7 @@ def _accepted() -> str:
 
 
 def _guess(path: Path) -> str:
-    """What a folder or file of no known kind seems to be, and what to do about it."""
+    """Say what a folder or file of no known kind seems to be, and what to do about it."""
     if not path.is_dir():
         return "whose files are of no known kind, or of several"
     entries = sorted(path.iterdir())

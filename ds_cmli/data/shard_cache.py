@@ -305,7 +305,7 @@ def main() -> None:
     with suppress(FileNotFoundError, UserError):
         while os.getppid() == parent:
             with suppress(Timeout), cache.lock().acquire(timeout=1):
-                # What earlier processes have asked for and not finished.
+                # Earlier processes have asked for these and not finished them.
                 for file in [*cache.requests.iterdir(), *cache.folder.glob("*.part")]:
                     file.unlink(missing_ok=True)
                 serve(cache, lambda: os.getppid() != parent)

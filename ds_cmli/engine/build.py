@@ -127,14 +127,7 @@ def build(
         deepspeed.ops.__compatible_ops__ = {}
         keep_freed_memory()
     one_attention_on_all_gpus()
-    logged = ds_config.get("comms_logger", {}).get("enabled", False)
-    if logged or any(ds_config.get(name) for name in LOGS):
-        logger = logging.getLogger("DeepSpeed")
-        logger.filters.clear()  # of `silence`
-        if ds_config.get("log_level") is None:
-            logger.setLevel(logging.INFO)
-            for handler in logger.handlers:
-                handler.setLevel(logging.INFO)
+    show_log_of_deepspeed(ds_config)
     deepspeed.init_distributed(verbose=False)
     exchange.exchanging = partial(scopes.scope, "exchange")
 
@@ -145,14 +138,7 @@ def build(
     if config.student.source:
         print_line(starting_line(config.student, objective, config.data.image_size))
     torch.manual_seed(config.run.seed + distributed.rank())  # dropout differs between ranks
-    if config.run.compile != "off":  # inside checkpointing, which recomputes with compiled code
-        compile_blocks(student.image.blocks + student.text.blocks, ds_config.stage)
-        if ds_config.stage < 3:  # whose leaf modules must be called once in a step
-            compile_blocks([*student.shared])
-        if teacher is not None:
-            compile_blocks(teacher.image.blocks)
-    if "activation_checkpointing" in ds_config:
-        checkpoint_blocks(student.blocks)
+    wrap_blocks(config, ds_config, student, teacher)
     frozen = {}  # before DeepSpeed casts them
     if distributed.is_main():
         for name, parameter in objective.named_parameters():
@@ -201,6 +187,32 @@ def build(
         caching=compares_all(config, ds_config),
         ema=EMA(engine, config.optim.ema_decay) if config.optim.ema_decay else None,
     )
+
+
+def show_log_of_deepspeed(ds_config: DeepSpeedConfig) -> None:
+    """Let DeepSpeed's lines through if the JSON asks for any of its logs."""
+    is_asked = ds_config.get("comms_logger", {}).get("enabled", False)
+    if is_asked or any(ds_config.get(name) for name in LOGS):
+        logger = logging.getLogger("DeepSpeed")
+        logger.filters.clear()  # of `silence`
+        if ds_config.get("log_level") is None:
+            logger.setLevel(logging.INFO)
+            for handler in logger.handlers:
+                handler.setLevel(logging.INFO)
+
+
+def wrap_blocks(
+    config: Config, ds_config: DeepSpeedConfig, student: Student, teacher: Teacher | None
+) -> None:
+    """Compile and recompute the blocks of the models, as the settings and the JSON say."""
+    if config.run.compile != "off":  # inside checkpointing, which recomputes with compiled code
+        compile_blocks(student.image.blocks + student.text.blocks, ds_config.stage)
+        if ds_config.stage < 3:  # whose leaf modules must be called once in a step
+            compile_blocks([*student.shared])
+        if teacher is not None:
+            compile_blocks(teacher.image.blocks)
+    if "activation_checkpointing" in ds_config:
+        checkpoint_blocks(student.blocks)
 
 
 def release(engine: "DeepSpeedEngine") -> None:

@@ -185,7 +185,7 @@ class TrainEngine:
             values["loss_scale"] = self.loss_scale
             values["skipped_steps"] = self.engine.skipped_steps
         for name, scale in self.objective.scales().items():
-            # It is infinite if the scale was learned down to 0.
+            # A scale may be learned down to 0.
             values[f"temperature/{name}"] = 1 / scale if scale else math.inf
         return values
 

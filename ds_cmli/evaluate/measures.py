@@ -92,6 +92,11 @@ def top_hits(scores: Tensor, target: Tensor) -> Tensor:
     return torch.stack([expected_hits(counts, k) for k in TOP])
 
 
+def accuracies(scores: Tensor, target: Tensor) -> dict[str, float]:
+    """Return `mean_accuracies` of scores [I, C] and right classes, int64 [I]."""
+    return mean_accuracies(top_hits(scores[None], target)[:, 0], target)
+
+
 def mean_accuracies(hits: Tensor, target: Tensor) -> dict[str, float]:
     """Return `top1`, `top5` and `mean_per_class`, of hits [2, I] and right classes, int64 [I].
 

@@ -93,9 +93,9 @@ def recalls_of_kinds(model: Evaluator, embedded: Embedded) -> dict[str, dict[str
                 model.heartbeat()  # collective at times
                 if not block or not pictures:
                     continue
-                caption_numbers, best_images, *texts = block
+                caption_numbers, best_images, *text_tensors = block
                 captions = caption_numbers.tolist()
-                i2t, t2i, is_right = score(pictures, captions, PaddedTexts(*texts))
+                i2t, t2i, is_right = score(pictures, captions, PaddedTexts(*text_tensors))
                 best = best_captions[:, pictures]
                 i2t_counts[:, pictures] += measures.count_candidates(i2t, best, is_right, 2)
                 t2i_counts[:, captions] += measures.count_candidates(t2i, best_images, is_right, 1)

@@ -52,7 +52,8 @@ def _attention(
     gpu: Gpu, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options
 ):
     """The kernel that `_fused_sdp_choice` chooses on the GPU."""
-    scale, enable_gqa = options.get("scale"), options.get("enable_gqa", False)
+    scale = options.get("scale")
+    enable_gqa = options.get("enable_gqa", False)
     inputs = query, key, value, attn_mask, dropout_p, is_causal
     kernel = workspaces.attention(*inputs, enable_gqa, gpu)
     if kernel == workspaces.FLASH:
@@ -65,7 +66,8 @@ def _attention(
         )[0]
         return out[..., :width] if width % 8 else out
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attended, left_out = query.new_zeros(()), query.new_full((), -math.inf)
+        attended = query.new_zeros(())
+        left_out = query.new_full((), -math.inf)
         attn_mask = torch.where(attn_mask, attended, left_out)
     if kernel == workspaces.MATH:
         inputs = query, key, value, attn_mask, dropout_p, is_causal

@@ -19,7 +19,7 @@ GRACE = 15.0
 
 
 class RankState(NamedTuple):
-    """What a rank publishes of itself."""
+    """The state that a rank publishes."""
 
     node: str
     step: int  # optimizer steps done
@@ -38,7 +38,7 @@ class RankState(NamedTuple):
 class RankRecord:
     """The last publication of a rank, and for how long it has not changed."""
 
-    state: RankState | None = None  # None: none yet
+    state: RankState | None = None  # None before the first
     turn: int = -1  # number of the publication
     silent: float = 0.0  # seconds since the last publication
     still: float = 0.0  # seconds without progress

@@ -48,7 +48,7 @@ def skipped_samples(
     local_batches = [(index.tolist(), bool(loss.isfinite())) for index, loss in window]
     batches = [batch for batches in flags.gather(local_batches) for batch in batches]  # collective
     bad_samples = [sample for samples, finite in batches if not finite for sample in samples]
-    # Of fp16; a dynamic one has a `min_scale`.
+    # fp16 has a loss scaler; a dynamic one has a `min_scale`.
     scaler: Any = getattr(optimizer, "loss_scaler", None)
     if bad_samples or (hasattr(scaler, "min_scale") and scaler.cur_scale > scaler.min_scale):
         return sorted(bad_samples)

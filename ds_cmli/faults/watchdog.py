@@ -45,7 +45,7 @@ _numbers = count()  # each watchdog of this process has keys of its own
 
 
 class Verdict(NamedTuple):
-    """What rank 0 publishes for all ranks."""
+    """Rank 0's decision, published for all ranks."""
 
     turn: int = -1  # number of the publication
     deputy: int = 1  # the rank that prints if rank 0 is silent: the first one of another node

@@ -70,7 +70,7 @@ class Meter:
     def lap(self) -> dict[str, float]:
         """Return the columns of a logged step, and begin to count anew."""
         seconds = time.monotonic() - self.since - self.seconds["paused"]
-        # Of the allocator on a GPU, of the process on a CPU.
+        # The process's memory on a CPU, the allocator's on a GPU.
         memory_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if self.engine.device.type == "cuda":
             memory_bytes = torch.cuda.max_memory_allocated()

@@ -79,10 +79,7 @@ def next_guess(sizes: Mapping[int, int], room: int, low: int, high: int) -> int:
     or through the two largest. As they may jump in between, every second n halves the distance.
     """
     enclosed = high in sizes
-    if enclosed:
-        a, b = low, high
-    else:
-        a, b = sorted(sizes)[-2:]
+    a, b = (low, high) if enclosed else sorted(sizes)[-2:]
     halves = enclosed and len(sizes) % 2 == 0
     if halves or sizes[a] == sizes[b]:
         guess = (low + min(high, MAX_GROWTH * low)) // 2

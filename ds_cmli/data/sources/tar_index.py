@@ -30,8 +30,8 @@ FIELD_OF_ENDING = {
     "json": "json",
 }
 BLOCK_BYTES = tarfile.BLOCKSIZE
-# Of each field: the number of the block at which its member's content begins, and its bytes. Both
-# are 0 if the sample has no such member.
+# A field has the number of the block at which its member's content begins, and its bytes. Both are
+# 0 if the sample has no such member.
 ROW = np.dtype([(name, "<u4") for field in FIELDS for name in (field, f"{field}_size")])
 NUM_COLUMNS = 2 * len(FIELDS)
 MAX_U4 = 2**32 - 1
@@ -55,7 +55,7 @@ class Member(NamedTuple):
 
 
 class ShardIndex(NamedTuple):
-    """What the footer of an index says."""
+    """The content of an index's footer."""
 
     file: Path
     num_samples: int  # with an image and captions
