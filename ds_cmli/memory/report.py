@@ -185,9 +185,10 @@ def plot(report: Report, path: str) -> None:
         changes[CATEGORIES.index(event.category), place] = event.bytes
     live = changes.cumsum(1) / 1e9
     shown = [row for row in range(len(CATEGORIES)) if live[row].any()]
-    # Drawn are so many places, and the peak, which may last for one event.
-    places = np.linspace(0, live.shape[1] - 1, 4000).astype(int)
-    places = np.union1d(places, live.sum(0).argmax())
+    # Each column of the picture is the most of its events: the peak may last for only one.
+    columns = np.array_split(np.arange(live.shape[1]), min(300, live.shape[1]))
+    starts = [column[0] for column in columns]
+    places = [column[live[:, column].sum(0).argmax()] for column in columns]
     names = []
     for row in shown:
         name = CATEGORIES[row]
@@ -195,7 +196,8 @@ def plot(report: Report, path: str) -> None:
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axis = figure.subplots()
     colours = [colormaps["tab20"](row) for row in shown]
-    axis.stackplot(places, live[shown][:, places], labels=names, colors=colours, linewidth=0)
+    style: dict[str, Any] = {"colors": colours, "linewidth": 0, "step": "mid"}
+    axis.stackplot(starts, live[shown][:, places], labels=names, **style)
     (requested,) = gigabytes(report.totals["requested"])
     title = f"Memory of a step, {report.source}: {requested} GB at the peak"
     axis.set(xlabel="allocations and frees of two steps", ylabel="GB", title=title)
