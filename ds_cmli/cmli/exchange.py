@@ -120,6 +120,7 @@ def sum_to_owner(
             rows = _pack(d_texts, mask, num_ranks(), sizes.num_rows)
         part = rows.new_empty((len(rows) // num_ranks(), *rows.shape[1:]))
         _reduce_scatter(part, rows)  # collective
+        del rows  # its memory is free for what follows
         if token_mask is None:
             return part
         d_text = part[_row_numbers(token_mask, 1, sizes.num_rows)]
