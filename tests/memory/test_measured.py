@@ -86,9 +86,8 @@ def test_a_picture_of_more_events_than_it_draws_reaches_the_peak(tmp_path):
     sizes = dict.fromkeys(range(5000), 10**9) | {2: 5 * 10**9}
     events = [Event(block, sign * size, "data", "forward") for block, size in sizes.items() for sign in (1, -1)]
     plot(summarise(events, {}, "predicted"), str(tmp_path / "memory.png"))
-    drawn = np.isclose(
-        imread(tmp_path / "memory.png")[..., :3], colormaps["tab20"].colors[CATEGORIES.index("data")], atol=0.15
-    )
+    colour = colormaps["tab20"].colors[CATEGORIES.index("data")]
+    drawn = np.isclose(imread(tmp_path / "memory.png")[..., :3], colour, atol=0.15)
     heights = drawn.all(-1).sum(0)
     assert heights.max() == pytest.approx(5 * np.median(heights[heights > 0]), rel=0.05), "in pixels"
 
