@@ -55,6 +55,15 @@ OF_A_STEP = LOSSES + "test_a_step_has_the_losses_of_the_equations"
 # name, file, killer, old, new
 ROWS = (
     # The op: a tie to the last index, a mean over padding, padding that wins, sums in 16 bit.
+    ("op-reference-tie", "cmli/reference.py", TIES, "torch.where(hit, index, S.shape[dim]).amin(dim)",
+     "torch.where(hit, index, -1).amax(dim)"),
+    ("op-reference-padding", "cmli/reference.py", OP + "test_padding_does_not_beat_negative_similarities",
+     "over_tokens = S.masked_fill(~token[:, :, None, :], -torch.inf)",
+     "over_tokens = S.masked_fill(~token[:, :, None, :], 0)"),
+    ("op-reference-mean", "cmli/reference.py", EQUATIONS, "/ token.sum(2).clamp(min=1)", "/ token.shape[2]"),
+    ("op-reference-empty", "cmli/reference.py", EQUATIONS, "return s_i2t.masked_fill(nothing, 0),", "return s_i2t,"),
+    ("op-reference-16-bit", "cmli/reference.py", OP + "test_16_bit_products_are_summed_in_fp32",
+     "dtype = torch.promote_types(image.dtype, torch.float32)", "dtype = image.dtype"),
     ("op-torch-tie", "cmli/fallback.py", TIES,
      "torch.arange(length, 0, -1, dtype", "torch.arange(1, length + 1, dtype"),
     ("op-torch-padding", "cmli/fallback.py", OP + "test_padding_does_not_beat_negative_similarities",

@@ -1,4 +1,4 @@
-"""Random inputs of the all-pairs op, equations (1) to (4) and the losses in fp64, and errors of an implementation."""
+"""Random inputs of the all-pairs op, equations (1) to (4) a pair at a time, and the errors of an implementation."""
 
 from itertools import product
 from typing import NamedTuple
@@ -74,22 +74,6 @@ def reference_scores(
         s_i2t[i, j] = S.max(1).values.mean() if S.numel() else S.sum()  # of nothing: 0, and no gradient
         s_t2i[i, j] = S.max(0).values.mean() if S.numel() else S.sum()
     return s_i2t, s_t2i
-
-
-def reference_loss(s_i2t: Tensor, s_t2i: Tensor, learned: Tensor, duplicates: Tensor | None = None) -> Tensor:
-    """The loss over the scores [G, G] of a whole batch; `learned`: 1/temperature, and the bias of a sigmoid loss."""
-    scale, *bias = learned
-    positives = torch.eye(len(s_i2t), dtype=torch.bool)
-    losses = []
-    for logits in (scale * s_i2t, scale * s_t2i.t()):
-        if not bias:
-            if duplicates is not None:
-                logits = logits.masked_fill(duplicates, -torch.inf)
-            losses.append(F.cross_entropy(logits, torch.arange(len(logits))))
-        else:
-            targets = positives if duplicates is None else positives | duplicates
-            losses.append(F.binary_cross_entropy_with_logits(logits + bias[0], targets.double()) * len(logits))
-    return sum(losses) / 2
 
 
 def with_gradients(scores, case: Case, double: bool = False) -> list[Tensor]:

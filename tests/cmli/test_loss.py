@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ds_cmli.cmli import CMLILoss, PairLoss, pair_function
 from ds_cmli.cmli.normalize import l2_normalize
+from ds_cmli.cmli.reference import pair_loss_reference
 from tests import ranks
-from tests.cmli.cases import reference_loss, reference_scores
+from tests.cmli.cases import reference_scores
 
 G, N, M, D = 12, 20, 6, 16
 SETTINGS = list(product((False, True), (False, True)))  # vectors, sigmoid
@@ -80,7 +81,7 @@ def expected_results(vectors: bool, extra: bool, dtype, learned: Tensor) -> list
     else:
         scores = reference_scores(unit_image, unit_text, token_mask, patch_mask)
     values = torch.cat([parameters[:1].exp(), parameters[1:]])
-    value = reference_loss(*scores, values, None if ids is None else duplicates_of(ids))
+    value = pair_loss_reference(*scores, values, None if ids is None else duplicates_of(ids))
     return [value.detach(), *torch.autograd.grad(value, (image, text, parameters))]
 
 
@@ -151,7 +152,7 @@ def test_16_bit_gradients_are_those_of_the_rounded_unit_rows(dtype):
     image, text, token_mask, *_ = batch(False, False, dtype)
     value, d_image, d_text, _ = loss_and_gradients(CMLILoss(), image, text, token_mask)
     units = [l2_normalize(x).double().requires_grad_() for x in (image, text)]
-    expected = reference_loss(*reference_scores(*units, token_mask), torch.tensor([50.0]))
+    expected = pair_loss_reference(*reference_scores(*units, token_mask), torch.tensor([50.0]))
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     assert d_image.dtype == dtype
     d_units = torch.autograd.grad(expected, units)

@@ -7,14 +7,15 @@ import torch
 from torch.testing import assert_close
 
 from ds_cmli.cmli import cmli_scores, cpu, op
+from ds_cmli.cmli.reference import cmli_scores_reference
 from tests.cmli.cases import case, check, with_gradients
 
 IMAGE, TEXT, MASK = torch.randn(3, 20, 8), torch.randn(4, 6, 8), torch.ones(4, 6, dtype=torch.bool)
 
 
-@pytest.fixture(params=["cpu", "torch"])
+@pytest.fixture(params=["cpu", "torch", "reference"])
 def scores(request):
-    return partial(cmli_scores, backend=request.param)
+    return cmli_scores_reference if request.param == "reference" else partial(cmli_scores, backend=request.param)
 
 
 @pytest.mark.parametrize("first", range(0, 60, 20))

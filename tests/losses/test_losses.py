@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ds_cmli.cmli.reference import pair_loss_reference
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.losses.target_cmli import Features, TargetCMLI, WidthHead, match_patches
 from ds_cmli.models.student import Targets
 from tests import make
-from tests.cmli.cases import reference_loss, reference_scores
+from tests.cmli.cases import reference_scores
 
 CAPTIONS = ("two words", "two words", "a red square beside a blue circle", "one", "the sky is green here")
 LOSSES = ("global", "cmli", "target_cmli", "cls_kd", "global_sigmoid", "cmli_sigmoid")
@@ -65,7 +66,7 @@ class Pairs:
         duplicates.fill_diagonal_(False)
 
         def loss(scores: tuple[Tensor, Tensor], temperature: float, *bias: float) -> float:
-            return reference_loss(*scores, torch.tensor([1 / temperature, *bias]), duplicates).item()
+            return pair_loss_reference(*scores, torch.tensor([1 / temperature, *bias]), duplicates).item()
 
         return {
             "global": loss(self.cosines, 0.07),
