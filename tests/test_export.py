@@ -52,8 +52,8 @@ def test_interpolated_it_is_between_the_source_and_the_trained_weights(begun, tm
     source = library_weights(begun)
     trained = exported("trained")
     assert_close(exported("whole", "--interpolate", "1"), trained, rtol=0, atol=0)
-    middle = {name: 0.5 * source[name] + 0.5 * value for name, value in trained.items()}
-    assert_close(exported("half", "--interpolate", "0.5"), middle)
+    quarter = {name: 0.75 * source[name] + 0.25 * value for name, value in trained.items()}
+    assert_close(exported("quarter", "--interpolate", "0.25"), quarter)
     averages = run_of(begun, tmp_path / "other") / hf.WEIGHTS
     shutil.copy(averages, run / hf.AVERAGE)
     averaged = export(run, tmp_path / "averaged", "--ema", "--interpolate", "1")
