@@ -95,7 +95,8 @@ class ShardCache:
         self.touched: dict[Shard, float] = {}
         self.reserved_bytes = 0  # of shards that are being fetched
         self.room = threading.Lock()
-        with blame(f"{self.folder} cannot be written: {FREE_SPACE}"):
+        self.not_writable = f"{self.folder} cannot be written: {FREE_SPACE}"
+        with blame(self.not_writable):
             self.requests.mkdir(parents=True, exist_ok=True)
 
     def path(self, shard: Shard) -> Path:
@@ -152,7 +153,7 @@ class ShardCache:
     def _ask(self, shard: Shard, kind: str) -> None:
         file = self._request(shard, kind)
         if not file.exists():
-            with blame(f"{self.folder} cannot be written: {FREE_SPACE}"):
+            with blame(self.not_writable):
                 file.write_text(json.dumps(shard))
 
     def _request(self, shard: Shard, kind: str) -> Path:
@@ -215,7 +216,7 @@ class ShardCache:
             if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
                 reason = f"the disk of {self.folder} is full: {FREE_SPACE}"
             failure = {"reason": reason, "is_lost": isinstance(error, LostShard)}
-            with blame(f"{self.folder} cannot be written: {FREE_SPACE}"):
+            with blame(self.not_writable):
                 self._request(shard, ".failed").write_text(json.dumps(failure))
         finally:
             with self.room:

@@ -10,7 +10,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from ds_cmli.config.registry import compares_tokens
@@ -105,6 +104,8 @@ def all_pairs_flops(engine: TrainEngine, batch: Batch) -> int:
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Return the FLOP/s of a large matrix product on this GPU, measured for half a second."""
+    from torch.utils.benchmark import Timer
+
     x = torch.ones(4096, 4096, device=device, dtype=dtype)
     product = Timer("linear(x, x)", globals={"linear": torch.nn.functional.linear, "x": x})
     seconds = product.blocked_autorange(min_run_time=0.5).median

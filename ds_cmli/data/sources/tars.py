@@ -53,12 +53,12 @@ class Shards:
 
     def captions(self, index: int) -> Sequence[Caption]:
         key = self.config.caption_key
-        if self.config.caption_weights:
-            values = json.loads(self._read(index, "json") or b"{}")
-            return captions_by_column(values, self.config.caption_weights)
-        if not key and (text := self._read(index, "text")):
+        weights = self.config.caption_weights
+        if not (key or weights) and (text := self._read(index, "text")):
             return [text.decode().strip()]
         values = json.loads(self._read(index, "json") or b"{}")
+        if weights:
+            return captions_by_column(values, weights)
         keys = [key] if key else CAPTION_KEYS
         value = next((values[key] for key in keys if values.get(key)), None)
         if value is None:
