@@ -11,8 +11,6 @@ fsspec's caching file systems bound no bytes and fetch a file once in each proce
 used; fsspec itself reads the storages. The fetching process is small: torch is not imported here.
 """
 
-import errno
-import itertools
 import json
 import os
 import subprocess
@@ -31,14 +29,12 @@ from filelock import FileLock, Timeout
 from fsspec.callbacks import Callback
 
 from ds_cmli.commands import print_line
+from ds_cmli.data.network import DISK_IS_FULL, ask_again, storage_options
 from ds_cmli.data.sources.tar_index import save_index, scan
 from ds_cmli.errors import UserError, blame, one_line
 from ds_cmli.files import cache_folder
 
 NUM_FETCHES = 8  # at the same time on a node
-FIRST_PAUSE = 1.0  # seconds before the second try, doubled before each further one
-MAX_PAUSE = 16.0
-RETRY_SECONDS = 75.0  # in which tries begin, below the time after which a rank counts as hung
 POLL_SECONDS = 0.05
 TOUCH_SECONDS = 5.0  # from one mark of a copy as in use to the next
 IN_USE_SECONDS = 60.0  # after such a mark, while no shard that is only wanted soon replaces it
@@ -46,7 +42,6 @@ FORGET_SECONDS = 60.0  # after which a shard that could not be fetched is tried 
 ALONE_SECONDS = 15.0  # after which a reader fetches itself if no process does
 LINE_SECONDS = 10.0  # from one line about waiting readers to the next
 FETCHING = "from ds_cmli.data.shard_cache import main; main()"
-DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 FREE_SPACE = "free some space, lower data.cache_gb, or set DS_CMLI_CACHE"
 
 
@@ -231,37 +226,20 @@ def download(shard: Shard, file: Path) -> None:
     Raises `LostShard` if the shard does not exist, `UserError` if it cannot be fetched, and
     `OSError` if the file cannot be written.
     """
-    options: dict[str, object] = {}
-    if shard.url.startswith(("http://", "https://")):
-        import aiohttp
 
-        # No limit on the whole transfer, but on its silence.
-        limits = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=20)
-        options = {"client_kwargs": {"timeout": limits}}
-    deadline = time.monotonic() + RETRY_SECONDS
-    pause = FIRST_PAUSE
-    for number in itertools.count(1):
-        try:
-            transfer = Callback()
-            storage, path = fsspec.url_to_fs(shard.url, **options)
-            storage.get_file(path, str(file), callback=transfer)
-            size = file.stat().st_size
-            expected = shard.size if shard.size is not None else transfer.size
-            if expected is not None and size != expected:
-                raise EOFError(f"it has {size:,} bytes and not {expected:,}")
-            return
-        except FileNotFoundError:
-            raise LostShard("no such file") from None
-        except Exception as error:  # each storage has errors of its own
-            if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
-                raise
-            is_refused = getattr(error, "status", None) in (401, 403)  # by HTTP
-            is_refused = is_refused or isinstance(error, PermissionError)
-            if is_refused or time.monotonic() + pause > deadline:
-                with blame(f"{shard.url} cannot be fetched ({number} tries)"):
-                    raise
-        time.sleep(pause)
-        pause = min(2 * pause, MAX_PAUSE)
+    def transfer() -> None:
+        progress = Callback()
+        storage, path = fsspec.url_to_fs(shard.url, **storage_options(shard.url))
+        storage.get_file(path, str(file), callback=progress)
+        size = file.stat().st_size
+        expected = shard.size if shard.size is not None else progress.size
+        if expected is not None and size != expected:
+            raise EOFError(f"it has {size:,} bytes and not {expected:,}")
+
+    try:
+        ask_again(transfer, f"{shard.url} cannot be fetched")
+    except FileNotFoundError as error:
+        raise LostShard(str(error)) from None
 
 
 def serve(cache: ShardCache, ended: Callable[[], bool]) -> None:

@@ -3,11 +3,13 @@
 import json
 import random
 
+import psutil
 import pytest
 
 from ds_cmli.config.presets import load_preset
-from ds_cmli.data import shard_cache
+from ds_cmli.data import network, shard_cache
 from ds_cmli.data.build import build_data
+from ds_cmli.data.sources.remote import list_once
 from ds_cmli.errors import UserError
 from profiling.speed import storage_server
 from tests import make
@@ -27,7 +29,7 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setenv("DS_CMLI_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("ds_cmli.data.sources.remote.start_fetching", lambda cache: None)
     monkeypatch.setattr(shard_cache, "ALONE_SECONDS", 0)
-    monkeypatch.setattr(shard_cache, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(network, "FIRST_PAUSE", 0.001)
     for number, count in enumerate(ROWS):
         make.tar(tmp_path / f"{number}.tar", count, first=100 * number)
         (tmp_path / f"{number}_stats.json").write_text(json.dumps({"count": 99, "successes": count}))
@@ -56,6 +58,12 @@ def test_samples_are_those_of_local_tars_on_any_ranks_and_workers_through_failur
     assert runs[1].fingerprint == runs[2].fingerprint and server.num_failed > 0
 
 
+def test_no_connection_is_left_open_that_loader_processes_would_share(server):
+    assert len(list_once("shards", [f"{server.url}/{number}.tar" for number in range(6)])) == 6
+    peers = [connection.raddr for connection in psutil.Process().net_connections("tcp") if connection.raddr]
+    assert server.server_port not in [port for _, port in peers]
+
+
 @pytest.mark.parametrize("reason", DAMAGE)
 def test_a_lost_shard_counts_as_bad_samples_and_resumes_exactly(server, reason):
     DAMAGE[reason](server.folder / "3.tar")
@@ -69,7 +77,7 @@ def test_a_lost_shard_counts_as_bad_samples_and_resumes_exactly(server, reason):
 
 
 def test_a_storage_that_is_gone_for_good_ends_the_run_and_is_no_bad_sample(server, monkeypatch):
-    monkeypatch.setattr(shard_cache, "RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(network, "RETRY_SECONDS", 0.1)
     data = opened(server)
     server.is_gone = True
     with pytest.raises(UserError, match=r"/\d\.tar cannot be fetched \(\d tries\)"):

@@ -13,7 +13,7 @@ import fsspec
 import pytest
 from fsspec import AbstractFileSystem
 
-from ds_cmli.data import shard_cache
+from ds_cmli.data import network, shard_cache
 from ds_cmli.data.shard_cache import LostShard, Shard, ShardCache, fetched_bytes, serve, start_fetching
 from ds_cmli.data.sources.tar_index import read_footer
 from ds_cmli.errors import UserError
@@ -26,7 +26,7 @@ SIZE = 10_240  # bytes of a tar of two samples
 @pytest.fixture(autouse=True)
 def own_folder_and_no_pauses(tmp_path, monkeypatch):
     monkeypatch.setenv("DS_CMLI_CACHE", str(tmp_path))
-    monkeypatch.setattr(shard_cache, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(network, "FIRST_PAUSE", 0.001)
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_what_does_not_exist_or_is_damaged_is_lost_and_not_tried_again(tmp_path,
 
 
 def test_what_cannot_be_fetched_is_a_users_mistake_that_a_later_start_tries_again(tmp_path, server, monkeypatch):
-    monkeypatch.setattr(shard_cache, "RETRY_SECONDS", 0.3)
+    monkeypatch.setattr(network, "RETRY_SECONDS", 0.3)
     cache = cache_of()
     server.is_gone = True
     with fetching(cache):

@@ -4,6 +4,7 @@ Before the run only names, sizes and numbers of samples are known; a shard is co
 when its turn comes. URLs are fsspec's: `s3://`, `gs://`, `hf://`, `https://`.
 """
 
+import gc
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import numpy as np
 
 from ds_cmli.commands import print_line
 from ds_cmli.config.schema import DataConfig
+from ds_cmli.data.network import ask_again, storage_options
 from ds_cmli.data.order import Order, WindowedOrder
 from ds_cmli.data.shard_cache import LostShard, Shard, ShardCache, shards_folder, start_fetching
 from ds_cmli.data.sources import Source
@@ -27,7 +29,7 @@ from ds_cmli.errors import UserError, blame
 from ds_cmli.pretrained import fetched_on_this_node
 
 NUM_REQUESTS = 32  # at the same time, about sizes and numbers of samples
-MAX_TRIES = 4  # of what is read before the run
+LISTING_SECONDS = 15.0  # in which tries of what is read before the run begin
 GB = 10**9
 
 
@@ -135,6 +137,9 @@ def list_once(name: str, urls: list[str]) -> list[Shard]:
         if not is_listed:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(list_shards(urls)))
+            # The file system refers to itself. Its connections are closed now, because a loader
+            # process that is forked would share them.
+            gc.collect()
         return [Shard(*shard) for shard in json.loads(file.read_text())]
 
 
@@ -143,7 +148,7 @@ def list_shards(urls: list[str]) -> list[Shard]:
 
     Raises `UserError` if none exists, or if their numbers of samples are not given beside them.
     """
-    storage, _ = fsspec.url_to_fs(urls[0])
+    storage, _ = fsspec.url_to_fs(urls[0], skip_instance_cache=True, **storage_options(urls[0]))
     paths: list[str] = []
     for url in urls:
         path = storage._strip_protocol(url)
@@ -201,15 +206,10 @@ def ask_each(ask: Callable[[str], Any], paths: Iterable[str]) -> dict[str, Any]:
     """Return what a storage answers about each path, after several tries; None: no such file."""
 
     def answer(path: str) -> Any:
-        for tries_left in reversed(range(MAX_TRIES)):
-            try:
-                return ask(path)
-            except FileNotFoundError:  # of HTTP also if the server did not answer
-                continue
-            except Exception:
-                if not tries_left:
-                    raise
-        return None
+        try:
+            return ask_again(lambda: ask(path), f"no answer about {path}", LISTING_SECONDS)
+        except FileNotFoundError:
+            return None
 
     with ThreadPoolExecutor(NUM_REQUESTS) as pool:
         return dict(zip(paths, pool.map(answer, paths), strict=True))
