@@ -27,7 +27,17 @@ for ignored in (signal.SIGHUP, signal.SIGINT):
     if signal.getsignal(ignored) == signal.SIG_IGN:
         signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)
 # The longest files first, so that no process waits long for the last one: those with slow tests, then quick ones.
-LONGEST = "features_together", "null_gpu", "readme", "preemption", "mistakes", "prediction", "train"
+LONGEST = (
+    "features_together",
+    "null_gpu",
+    "watchdog",
+    "prediction",
+    "mistakes",
+    "start",
+    "preemption",
+    "readme",
+    "train",
+)
 ZERO1: dict = {"zero_optimization": {"stage": 1}}  # the least of a DeepSpeed JSON
 
 

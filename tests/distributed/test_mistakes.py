@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from ds_cmli.commands import exit_code
-from ds_cmli.distributed import process_group
+from ds_cmli.distributed import mistakes, process_group
 from ds_cmli.errors import UserError
 from tests.ranks import start_function
 
@@ -27,7 +27,7 @@ def train(rank: int, ranks_with_mistake: tuple[int, ...], in_group: bool) -> Non
             process_group.init()
         dist.barrier()
 
-    with mock.patch.object(sys, "argv", ["train"]):
+    with mock.patch.object(sys, "argv", ["train"]), mock.patch.object(mistakes, "MEETING", 2.0):
         sys.exit(exit_code(command))
 
 
