@@ -35,8 +35,7 @@ def blame(what: str) -> Iterator[None]:
         raise
     except BaseException as error:  # a panic of Rust, as tokenizers has, is no `Exception`
         out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch is not imported here
-        passes = out_of_memory or lost_connection(error)
-        if passes or os.environ.get("DS_CMLI_TRACEBACK") == "1":
+        if out_of_memory or lost_connection(error) or os.environ.get("DS_CMLI_TRACEBACK") == "1":
             raise
         raise UserError(f"{what}: {type(error).__name__}: {one_line(error)[:500]}") from None
 

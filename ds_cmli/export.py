@@ -122,10 +122,7 @@ def interpolated(config: Config, model_config: Any, trained: Weights, share: flo
     At 0 and 1 they are those of an end to the bit: WiSE-FT (Wortsman et al., 2022, arXiv
     2109.01903). `model_config`: the run's `CMLIConfig`.
     """
-    if share == 1:
-        return dict(trained)
-    losses = dict(model_config.losses) or {"global": 1.0}
-    begun = source_weights(config, model_config, losses)
+    begun = source_weights(config, model_config, dict(model_config.losses) or {"global": 1.0})
     weights = dict(trained)
     for name in begun.keys() & trained.keys():
         if trained[name].is_floating_point():

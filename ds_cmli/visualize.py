@@ -49,13 +49,10 @@ def held_out_pairs(config: Config, numbers: str) -> list[tuple[Any, str]]:
     evals, _ = build_eval_data(config.data, config.run.seed, None)
     (split, data), *_ = evals.items()
     rows = list(dict.fromkeys(pictures_of(data)))
+    captions = [caption for _, caption in data.rows]
     with blame(f"--pairs is {numbers!r}: give numbers of the {len(rows)} pictures of {split}"):
         chosen = [rows[int(number)] for number in numbers.split(",")]
-        pairs = []
-        for row in chosen:
-            _, caption = data.rows[row]
-            pairs.append((data.image(row), caption))
-        return pairs
+        return [(data.image(row), captions[row]) for row in chosen]
 
 
 def main() -> None:

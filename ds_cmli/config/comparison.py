@@ -8,7 +8,7 @@ from ds_cmli.config.schema import Config
 from ds_cmli.files import JsonObject, Section
 
 # Settings of `data` and keys of the DeepSpeed JSON on which no step depends.
-FREE_DATA_SETTINGS = {"workers", "max_bad_share", "cache", "cache_gb"}
+FREE_DATA = {"workers", "max_bad_share", "cache", "cache_gb"}
 FREE_KEYS = words("""
     checkpoint comms_logger csv_monitor dump_state flops_profiler log_level memory_breakdown
     steps_per_print tensorboard timers wall_clock_breakdown wandb
@@ -22,9 +22,7 @@ def settings_to_keep(config: Config, ds_config: Section, data: Section | None = 
     sections = {
         **config.to_dict(),
         "run": {name: getattr(config.run, name) for name in RUN_SETTINGS},
-        "data": {
-            key: value for key, value in vars(config.data).items() if key not in FREE_DATA_SETTINGS
-        },
+        "data": {key: value for key, value in vars(config.data).items() if key not in FREE_DATA},
         "deepspeed": {key: value for key, value in ds_config.items() if key not in FREE_KEYS},
         "sources": data or {},
     }

@@ -29,15 +29,13 @@ def setting_of_error(location: tuple[int | str, ...], content: Any) -> str:
     """
     names: list[str] = []
     for part in location:
-        is_key = isinstance(content, Mapping)
-        is_index = isinstance(content, list) and isinstance(part, int)
-        if not (is_key or is_index or part == "[key]"):
+        if isinstance(content, Mapping):
+            content = content.get(part)
+        elif isinstance(content, list) and isinstance(part, int):
+            content = content[part]
+        elif part == "[key]":
+            content = None
+        else:
             break
         names.append(str(part))
-        if is_key:
-            content = content.get(part)
-        elif is_index:
-            content = content[part]
-        else:
-            content = None
     return ".".join(names)

@@ -130,8 +130,7 @@ class ModelSource:
         The second is None if the first stands for both.
         """
         if self.name.startswith(ARCHITECTURE_PREFIX):
-            name = self.name.removeprefix(ARCHITECTURE_PREFIX)
-            architecture, _, weights = name.partition("@")
+            architecture, _, weights = self.name.removeprefix(ARCHITECTURE_PREFIX).partition("@")
             file = os.path.expanduser(weights)
             return architecture, file if os.path.isfile(file) else weights
         prefix = LOCAL_PREFIX if self.local else HUB_PREFIX

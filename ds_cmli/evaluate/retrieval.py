@@ -65,8 +65,7 @@ def recalls_of_kinds(model: Evaluator, embedded: Embedded) -> dict[str, dict[str
         pictures: list[int], captions: list[int], texts: PaddedTexts
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return i2t and t2i, [K, r, t], and which pairs are right, bool [r, t]. CPU-GPU sync."""
-        images = [embedded.images[picture] for picture in pictures]
-        kinds = model.scores(images, texts).values()
+        kinds = model.scores([embedded.images[picture] for picture in pictures], texts).values()
         i2t = torch.stack([kind.i2t for kind in kinds]).cpu()
         t2i = torch.stack([kind.t2i for kind in kinds]).cpu()
         return i2t, t2i, torch.tensor(pictures)[:, None] == image_of[captions]

@@ -27,20 +27,20 @@ from transformers import (
     masking_utils,
 )
 
+from ds_cmli.config.messages import words
 from ds_cmli.errors import nearest
 
 LAYERS = 6  # kept of a plain stack (equal layers, one after the other) if the settings name none
 # The names that families of transformers give to dropout after layers, and inside the attention.
-DROPOUT = (
-    *("hidden_dropout_prob", "dropout", "dropout_rate", "resid_pdrop", "embd_pdrop"),
-    *("embedding_dropout", "mlp_dropout"),
-)
+DROPOUT = words("""
+    hidden_dropout_prob dropout dropout_rate resid_pdrop embd_pdrop embedding_dropout mlp_dropout
+""")
 ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 # Fields that DeBERTa reads although its configuration classes do not declare them.
-UNDECLARED = {
-    *("attention_head_size", "conv_act", "conv_groups", "conv_kernel_size", "embedding_size"),
-    *("norm_rel_ebd", "position_buckets", "share_att_key", "talking_head"),
-}
+UNDECLARED = words("""
+    attention_head_size conv_act conv_groups conv_kernel_size embedding_size norm_rel_ebd
+    position_buckets share_att_key talking_head
+""")
 CLASS_BLOCKS = ("cls_attn_blocks", "blocks_token_only")  # of CaiT and XCiT, after the patches'
 
 
@@ -277,11 +277,7 @@ def family(name: str) -> str:
 
 
 def text_config(
-    name: str,
-    layers: int | None = None,
-    dropout: float = 0.0,
-    published: bool = False,
-    **fields: Any,
+    name: str, layers: int | None, dropout: float, published: bool = False, **fields: Any
 ) -> PreTrainedConfig:
     """Return the configuration of a text encoder: of a family, or `published` (hub, folder).
 
@@ -332,8 +328,7 @@ def create_text_model(config: PreTrainedConfig, name: str, weights: str) -> Any:
         options["add_pooling_layer"] = False
     if weights == "random":
         # The default dtype is what a user asks for in `from_pretrained` of a whole model.
-        dtype = torch.get_default_dtype()
-        model = model_class._from_config(config, dtype=dtype, **options)
+        model = model_class._from_config(config, dtype=torch.get_default_dtype(), **options)
     else:
         is_file = Path(weights).is_file()
         place = name if weights == "hub" else weights
@@ -383,5 +378,4 @@ def layers_of(model: Any) -> list[nn.Module]:
     stacks = [stack for stack in stacks if len(stack) == num_layers]
     if not stacks:
         return [model.encoder]  # ALBERT's, whose layers share their weights
-    largest = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
-    return list(largest)
+    return list(max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters())))

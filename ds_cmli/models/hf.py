@@ -219,8 +219,7 @@ class CMLIProcessor(ProcessorMixin):
             view = View(self.image_size, self.resize, self.interpolation)
             inputs["pixel_values"] = torch.stack([*map(view, images if several else [images])])
         if text is not None:
-            texts = [text] if isinstance(text, str) else text
-            tokens = map(self.caption_tokenizer, texts)
+            tokens = map(self.caption_tokenizer, [text] if isinstance(text, str) else text)
             batch = Collate(self.caption_tokenizer)([Sample(black(0), x, 0, 0) for x in tokens])
             inputs["input_ids"] = batch.input_ids
             inputs["attention_mask"] = batch.attention_mask

@@ -124,11 +124,7 @@ class Student(nn.Module):
         return [*self.image.blocks, *self.text.blocks, *self.shared]
 
     def forward(
-        self,
-        image: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        padded: bool | None = None,
+        self, image: Tensor, input_ids: Tensor, attention_mask: Tensor, padded: bool | None = None
     ) -> tuple[Tensor, ...]:
         """Encode a batch: uint8 [B, 3, S, S], int64 [B, M], bool [B, M] (True = attend).
 
@@ -255,12 +251,10 @@ class Teacher(nn.Module):
             square = patches.mT.unflatten(2, self.image.grid)  # [B, H_t, rows, columns]
             square = F.interpolate(square.float(), self.grid, mode="bilinear", align_corners=False)
             patches = square.flatten(2).transpose(1, 2).to(dtype)
-        cls = self._normalised(cls)
-        patches = self._normalised(patches)
-        return Targets(cls.to(dtype), patches.to(dtype))
+        return Targets(self._normalised(cls), self._normalised(patches))
 
     def _normalised(self, features: Tensor) -> Tensor:
         # Without the final norm a block's raw output is unbounded. The student's features come out
         # of a LayerNorm, so they can match targets that are normalised too, without a learned
         # scale.
-        return F.layer_norm(features.float(), (self.width,))
+        return F.layer_norm(features.float(), (self.width,)).to(features.dtype)

@@ -136,7 +136,7 @@ def test_text_encoders_whose_tokens_do_not_see_padding_and_their_changed_fields(
     """By these a prediction and an export build an encoder whose own configuration is not there."""
     built = student(text_model=model, text_overrides=TEXTS[model], dropout=0.1).eval()
     config = built.text.model.config
-    rebuilt = text_config(config.model_type, dropout=0.1, vocab_size=VOCAB, **changed_fields(config))
+    rebuilt = text_config(config.model_type, None, 0.1, vocab_size=VOCAB, **changed_fields(config))
     set_by_models = {"dtype", "is_encoder_decoder"}
     fields = [{k: x for k, x in c.to_diff_dict().items() if k not in set_by_models} for c in (rebuilt, config)]
     assert type(rebuilt) is type(config) and fields[0] == fields[1]
