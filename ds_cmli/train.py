@@ -280,12 +280,13 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
             save_due = save_due_by_clock or run.due(settings.save_every)
     except preemption.Preempted:
         run.save_done()  # collectives
+        run.writer.close()
+        run.checkpoints.require_saved(state)
         signal = preemption.requested() or "a signal to another rank"
         run.writer.print(
             f"stopped at step {state.step} of {run.total_steps} by {signal}: start again with "
             f"--output-dir {run.checkpoints.folder} to go on"
         )
-        run.writer.close()
         return preemption.EXIT_CODE
 
     run.writer.print(*run.bad.check(run.flags))  # collective

@@ -161,13 +161,17 @@ class Checkpoints:
             f"at the samples that {metrics} names, or start over with a lower --lr"
         )
 
-    def closing_lines(self, state: TrainState) -> list[str]:
-        """Return the last lines of a run. Raises `UserError` if there is no checkpoint of it."""
+    def require_saved(self, state: TrainState) -> None:
+        """Raise `UserError` if no checkpoint holds the state with which the run ends."""
         if not self.holds(state):
             raise UserError(
                 f"the last checkpoint could not be written ({self.error}): mend that, and start "
                 f"{self.folder} again"
             )
+
+    def closing_lines(self, state: TrainState) -> list[str]:
+        """Return the last lines of a run. Raises `UserError` if there is no checkpoint of it."""
+        self.require_saved(state)
         best = state.best
         lines = [
             f"best {best['metric']} {best['value']:.3f} at step {best['step']} "

@@ -150,6 +150,25 @@ def test_a_full_disk_leaves_the_checkpoint_before(after, run, arguments, monkeyp
     assert [line["step"] for line in make.lines(run)] == list(range(1, 9))
 
 
+def test_a_signal_whose_checkpoint_cannot_be_written_is_an_error_not_a_stop(run, arguments, monkeypatch, capfd):
+    write = CheckpointWriter.write
+
+    def full(writer, path, write_to):
+        def fail(path):
+            raise OSError(28, "No space left on device")
+
+        write(writer, path, fail)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "write", full)
+        with pytest.raises(UserError, match=r"^the last checkpoint could not be written \(.*No space left.*$"):
+            drive([*arguments, "--output-dir", str(run)], stop_at=5)
+    printed = capfd.readouterr().out
+    assert "warning: no checkpoint at step 5, the one before stays" in printed and "stopped at" not in printed
+    assert drive([*arguments, "--output-dir", str(run)]) == 0
+    assert [line["step"] for line in make.lines(run)] == list(range(1, 9))
+
+
 # --- settings
 
 
