@@ -23,7 +23,12 @@ from ds_cmli.config.schema import SECTIONS
 from ds_cmli.evaluate import __main__ as evaluate
 from tests.ranks import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "slurm" / "README.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "slurm" / "README.md",
+]
 CODE = [*(ROOT / "ds_cmli").rglob("*.py"), *(ROOT / "profiling").rglob("*.py"), ROOT / "slurm" / "train.sh"]
 FOLDERS = "ds_cmli|ds_configs|profiling|slurm|tests|docs"  # of paths of the repository
 # Messages of libraries and of the system, which pages explain, and where they come from.
@@ -121,13 +126,13 @@ def commands_of(command: click.Command) -> set[str]:
     return {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
 
 
-# Of pip, deepspeed, torchrun, sbatch, docker and open_clip.
+# Of pip, deepspeed, torchrun, sbatch, docker, open_clip and tests/mutations.py.
 # fmt: off
 OPTIONS_OF_OTHERS = [
     "--account", "--array", "--cpus-per-gpu", "--dependency", "--export", "--gpus-per-node",
     "--hostfile", "--mem", "--mem-per-gpu", "--no-compile", "--no-requeue",
     "--nodes", "--nproc_per_node", "--ntasks-per-node", "--num_accelerators", "--open-mode",
-    "--partition", "--requeue", "--resize_mode", "--shm-size", "--shutdown-timeout",
+    "--partition", "--random", "--requeue", "--resize_mode", "--shm-size", "--shutdown-timeout",
     "--signal", "--signals-to-handle", "--time",
 ]
 # fmt: on
@@ -163,12 +168,15 @@ def test_losses_of_the_page_are_those_of_the_code():
 
 
 def test_presets_of_the_page_have_the_codes_sizes():
-    from ds_cmli.config.presets import load_preset
+    from ds_cmli.config.presets import PRESETS, load_preset
 
     (rows,) = [rows for header, rows in tables(ROOT / "docs" / "train.md") if header[0] == "preset"]
+    assert {name.strip("`") for name, *_ in rows} == set(PRESETS)
     for name, image, *_, batch in rows:
+        assert batch == str(PRESETS[name.strip("`")]["optim"]["micro_batch"]), name
+        if name == "`finetune`":
+            continue  # its models are those of --start-from
         config = load_preset(name.strip("`"), {})
-        assert batch == str(config.optim.micro_batch), name
         sizes = re.findall(r"(\d+) px", image)
         assert sizes in ([], [str(config.data.image_size)]), name
         for layers in re.findall(r"first (\d+) blocks", image):
@@ -213,10 +221,11 @@ def evaluated(expression: str) -> object:
 
 def test_numbers_of_the_pages_are_the_codes():
     stated = stated_values()
+    assert stated, "no number of a page names its place in the code"
     for page, before, expression in stated:
         value = evaluated(expression)
         spellings = {str(value)}
         if isinstance(value, int | float):
-            spellings |= {f"{value:,}", f"{value:.0%}", f"{value:.1%}", f"{value:g}"}
+            spellings |= {f"{value:,}", f"{value:,g}", f"{value:.0%}", f"{value:.1%}", f"{value:g}"}
         last = re.findall(r"[\d.,]*\d%?", before)
         assert last and last[-1] in spellings, f"{page}: {before[-40:]!r} and {expression} is {value!r}"
