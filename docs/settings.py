@@ -19,9 +19,9 @@ PAGE = Path(__file__).with_name("settings.md")
 HEAD = """# Settings
 
 All settings of a run, with the defaults that presets change. `--set SECTION.SETTING=VALUE` gives
-any of them; values are JSON, or plain text. Some have an option too; of it and of `--set` the last
-one counts. `--dry-run` prints the resolved settings. Explicit numbers of the DeepSpeed JSON win
-over those of `optim`.
+any of them; values are JSON, or plain text. Some settings also have an option. If a setting is
+given more than once, the last one counts. `--dry-run` prints the resolved settings. Explicit
+numbers of the DeepSpeed JSON win over those of `optim`.
 
 This page is generated from the code by `python docs/settings.py`.
 """

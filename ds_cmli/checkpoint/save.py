@@ -164,10 +164,8 @@ class Checkpoints:
     def require_saved(self, state: TrainState) -> None:
         """Raise `UserError` if no checkpoint holds the state with which the run ends."""
         if not self.holds(state):
-            raise UserError(
-                f"the last checkpoint could not be written ({self.error}): mend that, and start "
-                f"{self.folder} again"
-            )
+            problem = f"the last checkpoint could not be written ({self.error})"
+            raise UserError(f"{problem}: mend that, and start {self.folder} again")
 
     def closing_lines(self, state: TrainState) -> list[str]:
         """Return the last lines of a run. Raises `UserError` if there is no checkpoint of it."""

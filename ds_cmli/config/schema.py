@@ -73,7 +73,7 @@ class StudentConfig:
     text_overrides: dict[str, Any] = Field(default_factory=dict)
     """Fields of transformers' config."""
     layers: Count | None = None
-    """First layers of each encoder that are kept; null: 6, or all if they are fewer or no stack."""
+    """The number of first layers kept of each encoder; null: 6, or all if fewer or not a stack."""
     shared_blocks: Annotated[int, Field(ge=0, le=1000)] = 1
     """Transformer blocks over both modalities; with `source`, 0 unless given."""
     embed_dim: Annotated[int, Field(ge=1, le=2048)] = 256
@@ -81,9 +81,9 @@ class StudentConfig:
     dropout: BelowOne = 0.1
     """The dropout after the text encoder's layers, as in BERT's training."""
     freeze_image: Number = 0
-    """First layers that are frozen, with the embeddings below."""
+    """The number of first layers that are frozen, with the embeddings below."""
     freeze_text: Number = 0
-    """The same of the text encoder."""
+    """As `freeze_image`, for the text encoder."""
     lora: dict[Literal["image", "text"], Names] = Field(default_factory=dict)
     """LoRA: ends of names of layers with adapters, as {"text": ["query"]}; the rest is frozen."""
     lora_rank: Annotated[int, Field(ge=1, le=1024)] = 8
@@ -118,7 +118,7 @@ class DataConfig:
     val_source: Text = ""
     """Pairs to evaluate on; "": the validation part of `source`, or a share."""
     held_out: Positive | None = None
-    """Pictures without a validation part: below 1 a share, else how many; null: 5%, up to 1,000."""
+    """Held-out pictures if there is no validation part; below 1: a share; null: 5%, up to 1,000."""
     image_root: Text = ""
     """Folder of the images that a table or JSON names; "": the list's."""
     image_key: Text = ""
@@ -126,14 +126,13 @@ class DataConfig:
     caption_key: Text = ""
     """Column, or key in JSON, of the caption; "": detected."""
     caption_weights: Annotated[dict[str, Positive], Field(min_length=1)] | None = None
-    """Columns, or keys in JSON, of captions, of which training draws each as often as its weight
-    says; evaluations use all of them, or `caption_key`."""
+    """Weights of caption columns, or of keys in JSON. Training draws a column by its weight;
+    evaluations use all of them, or `caption_key`."""
     image_size: Annotated[int, Field(ge=1, le=4096)] = 84
     """The side of the square pictures, in pixels."""
     resize: Resize = "crop"
-    """ "crop": the central square is resized. "shortest", as CLIP: the shorter side is resized,
-    then the square cut out. "squash", as SigLIP: all is resized. "_pillow": by Pillow, as
-    open_clip."""
+    """ "crop": resize the central square. "shortest", as CLIP: resize the shorter side, cut out
+    the square. "squash", as SigLIP: resize all. "_pillow": by Pillow, as open_clip."""
     interpolation: Interpolation = "bicubic"
     """The filter with which pictures are resized."""
     context_length: Annotated[int, Field(ge=3, le=65536)] = 64
@@ -145,12 +144,12 @@ class DataConfig:
     workers: Annotated[int, Field(ge=0, le=256)] = 0
     """Data loading processes per rank."""
     shuffle_window: Number | None = None
-    """Shards whose samples are shuffled together; 0: all; null: 64 of remote tars, and of tars with
-    more than 10 million pictures, else all."""
+    """The number of shards that are shuffled together; 0: all; null: 64 for remote tars or more
+    than 10 million pictures in tars, otherwise all."""
     cache: bool = False
-    """Local tars are copied to this node too, as from a slow shared disk."""
+    """Copy local tars to this node too, for a slow shared disk."""
     cache_gb: Positive = 100.0
-    """The size of a node's copies of tars in a storage, in DS_CMLI_CACHE."""
+    """The most GB of copied tars on a node, in DS_CMLI_CACHE."""
     augmentation: dict[AugmentationName, Share] = Field(default_factory=dict)
     """Transforms of training pictures: the smallest share of the area that a crop keeps, the
     probability of a flip (captions may name left and right), the change of colours."""
@@ -171,11 +170,11 @@ class LossConfig:
     )
     """Weights of global, global_sigmoid, cmli, cmli_sigmoid, target_cmli, cls_kd; or a plugin's."""
     mse_reduction: Literal["mean", "sum"] = "mean"
-    """How squared differences are reduced over H; (7) and (9) are written as sums."""
+    """The reduction of squared differences over H; equations (7) and (9) of docs/method.md: sum."""
     target_image_weight: NotNegative = 1.0
-    """The weight of patches (7) in the mean (10); 0: off."""
+    """The weight of patches, (7), in the mean (10) of docs/method.md; 0: off."""
     target_text_weight: NotNegative = 1.0
-    """The weight of tokens (9) in the mean (10); 0: off."""
+    """The weight of tokens, (9), in the mean (10) of docs/method.md; 0: off."""
     init_temperature: Temperature = 0.07
     """The global loss's temperature at the start."""
     cmli_init_temperature: Temperature = 0.02
@@ -200,7 +199,7 @@ class OptimConfig:
     """Fills the "auto" values of the DeepSpeed JSON, whose explicit values take precedence."""
 
     lr: Positive = 1e-4
-    """The learning rate after warmup, where the JSON says "auto"."""
+    """The learning rate after warmup, if the JSON says "auto"."""
     weight_decay: NotNegative = 0.05
     """The decay of weights, but not of norms, biases and embeddings."""
     lr_factors: dict[Literal["image", "text", "rest"], Positive] = Field(default_factory=dict)
@@ -214,14 +213,14 @@ class OptimConfig:
     ema_decay: BelowOne = 0.0
     """Decay of averaged weights, evaluated and saved too (0.999: some 1,000 steps); 0: off."""
     micro_batch: Count = 64
-    """B, pairs per rank, where the JSON says "auto"."""
+    """B, pairs per rank, if the JSON says "auto"."""
     negatives: Literal["micro_batch", "global_batch"] = "global_batch"
     """The texts with which an image is compared under accumulation: those of its micro-batch, or of
     the whole step, which takes a second forward pass."""
     steps: Count | None = 300
     """Optimizer steps."""
     epochs: Positive | None = None
-    """How often the data is seen, instead of `steps`."""
+    """The number of passes over the data, instead of `steps`."""
 
     def __post_init__(self) -> None:
         need = f"optim.epochs is {self.epochs}: give one of the two"
@@ -241,7 +240,7 @@ class OptimConfig:
 @dataclass(config=STRICT)
 class RunConfig:
     preset: Name = "quick"
-    """What is not given is taken from it: quick, demo, paper, tiny or finetune (usual with
+    """The source of settings that are not given: quick, demo, paper, tiny or finetune (with
     `student.source`)."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """The seed of weights, data order and scenes."""
@@ -260,9 +259,9 @@ class RunConfig:
     save_every: Number = 0
     """Steps between checkpoints; 0: by time alone, and at the end."""
     save_minutes: NotNegative = 15.0
-    """Minutes between them; 0: by steps alone, and at the end."""
+    """Minutes between checkpoints; 0: by steps alone, and at the end."""
     keep: Count = 2
-    """How many of the newest checkpoints are kept."""
+    """The number of newest checkpoints that are kept."""
     zero_shot: Text | Names = ""
     """Folders of class folders, one or several, classified at each evaluation (--zero-shot)."""
     best_by: Literal["retrieval", "zero_shot"] = "retrieval"
