@@ -106,12 +106,14 @@ def command(only, preset, gpu_memory, sm, json_path, markdown_path, **sizes) -> 
     progress = Progress(num_trials)
     if measures:
         rows = measure.rows(setting, ids, present_gpu, progress.begin)
+        progress.end()
         if rows:
             say(*measure.sentences(rows))
             tables += measure.tables(rows)
             content += [asdict(row) for row in rows]
     if "E4" in ids and predicts:
         reports = steps.predict_document(setting, variants, assumed_gpu, progress.begin)
+        progress.end()
         say(steps.document_sentence(reports, assumed_gpu))
         tables.append(steps.document_table(reports, assumed_gpu))
         for name, report in reports.items():
@@ -121,9 +123,9 @@ def command(only, preset, gpu_memory, sm, json_path, markdown_path, **sizes) -> 
         num_ranks = setting.P if preset == "paper" else 1
         gpu = present_gpu or given_gpu or assumed_gpu
         sentence, table = steps.whole_step(preset, num_ranks, gpu, present_gpu is not None)
+        progress.end()
         say(sentence)
         tables.append(table)
-    progress.end()
     for table in tables:
         console.print("", Markdown(table))
     if json_path is not None:
