@@ -86,7 +86,7 @@ def fit(
             ds_config = DeepSpeedConfig.of(deepspeed_config)
         else:
             ds_config = DeepSpeedConfig.load(deepspeed_config)
-        exit_code, folder = train(resolved, ds_config, resume, on_log=on_log, goes_on=True)
+        exit_code, folder = train(resolved, ds_config, resume, on_log=on_log, keeps_process=True)
     if exit_code == preemption.EXIT_CODE:
         raise preemption.Preempted(f"call fit again with run.output_dir {folder} to go on")
     return Fitted(folder)

@@ -27,7 +27,7 @@ from ds_cmli.evaluate.embed import (
     load_evaluator,
     pad_texts,
 )
-from ds_cmli.scores import BothWays, Match, match
+from ds_cmli.scores import DirectionScores, Match, match
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 SCORED = 256  # images that are scored at a time
@@ -126,7 +126,7 @@ class Model:
         return TextEmbeddings(*pad_texts([embedded[number] for number in range(len(texts))]), texts)
 
     @torch.inference_mode()
-    def scores(self, images: ImageEmbeddings, texts: TextEmbeddings) -> dict[str, BothWays]:
+    def scores(self, images: ImageEmbeddings, texts: TextEmbeddings) -> dict[str, DirectionScores]:
         """Score all images against all texts, on the model's device.
 
         Returns for each kind i2t and t2i, fp32 [I, J] each, on the CPU: "global", the cosines of
@@ -139,7 +139,7 @@ class Model:
             scores = self.evaluator.scores(image_features[start : start + SCORED], text_features)
             for kind, both in scores.items():
                 parts[kind].append(torch.stack(both).cpu())  # [2, I, J], CPU-GPU sync
-        return {kind: BothWays(*torch.cat(blocks, 1)) for kind, blocks in parts.items()}
+        return {kind: DirectionScores(*torch.cat(blocks, 1)) for kind, blocks in parts.items()}
 
     def match(self, picture: Picture, text: str) -> Match:
         """Match each word of a text with its best patch, and each patch with its best word."""

@@ -4,7 +4,7 @@ All ranks call every method together.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -17,7 +17,7 @@ from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.data.shard_cache import fetched_bytes
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
-from ds_cmli.engine.train_engine import MicroBatchLosses, by_name
+from ds_cmli.engine.train_engine import MicroBatchLosses, name_means
 from ds_cmli.errors import UserError
 from ds_cmli.evaluate.embed import Evaluator
 from ds_cmli.evaluate.match_map import match_maps
@@ -46,13 +46,10 @@ class Run:
     checkpoints: Checkpoints
     writer: Writer | NullWriter  # a Writer on rank 0, a NullWriter on the other ranks
     meter: Meter
-    bad: BadSamples
+    bad_samples: BadSamples
     flags: distributed.CollectiveFlags  # decisions that all ranks take together
     watchdog: Watchdog
-    stop_poll: distributed.SpacedFlag = field(init=False)  # of signals during an evaluation
-
-    def __post_init__(self) -> None:
-        self.stop_poll = distributed.SpacedFlag(self.flags)
+    stop_poll: distributed.SpacedFlag  # of signals during an evaluation
 
     def due(self, interval: int) -> bool:
         """Return True at the last step and at each multiple of `interval`; 0: only at the last."""
@@ -73,7 +70,7 @@ class Run:
                     micro_batches.append(next(batches))
                 self.watchdog.heartbeat()
         except Exception as loading_error:
-            # Raised later, because the other ranks must not wait for this one.
+            # Raised below on all ranks, because the others must not wait for this one.
             error = loading_error
         signalled = preemption.requested() is not None
         save_due_here = self.checkpoints.due()  # by this rank's clock
@@ -81,7 +78,7 @@ class Run:
             error is not None, signalled, save_due_here
         )  # collective
         if failed:
-            self.save_done()  # collectives
+            self.save_if_changed()  # collectives
             with distributed.raised_together(self.flags.group):  # collective
                 if error is not None:
                     raise error
@@ -89,7 +86,7 @@ class Run:
             raise preemption.Preempted
         # They are counted only now, because a loading error saves the state of the step before.
         for batch in micro_batches:
-            self.bad.add(batch.bad)
+            self.bad_samples.add(batch.bad)
             self.meter.pairs += self.sampler.global_batch
             self.sampler.advance()
         return micro_batches, save_due
@@ -112,7 +109,7 @@ class Run:
         else:
             state.skipped_in_row = 0
         if not skipped_samples:
-            # The losses are finite too after an overflow that only lowers the loss scale.
+            # An overflow that only lowers the loss scale names no sample; the losses are finite.
             for losses in step_losses:
                 state.sums += losses.stacked()
             state.micro_batches += len(step_losses)
@@ -140,13 +137,13 @@ class Run:
         local_means = state.sums / max(1, state.micro_batches)
         means = distributed.mean_over_ranks(local_means).tolist()  # collective, CPU-GPU sync
         pairs_so_far = state.step * self.engine.accumulation * micro_batch_pairs
-        num_bad = distributed.sum_over_ranks(torch.tensor(self.bad.count))  # collective
-        if self.bad.are_too_many(int(num_bad), pairs_so_far):
-            self.save_done()  # collectives
-            self.bad.check(self.flags, pairs_so_far)  # collective
+        num_bad = distributed.sum_over_ranks(torch.tensor(self.bad_samples.count))  # collective
+        if self.bad_samples.are_too_many(int(num_bad), pairs_so_far):
+            self.save_if_changed()  # collectives
+            self.bad_samples.check(self.flags, pairs_so_far)  # collective
         logged_pairs = state.micro_batches * micro_batch_pairs
-        values = by_name(means, self.config.loss.weights, logged_pairs)
-        values |= self.engine.state()  # CPU-GPU sync; collective under ZeRO-3
+        values = name_means(means, self.config.loss.weights, logged_pairs)
+        values |= self.engine.log_columns()  # CPU-GPU sync; collective under ZeRO-3
         values |= self.meter.lap()
         self.writer.log(state.step, values)
         state.sums.zero_()
@@ -162,23 +159,23 @@ class Run:
         ema = self.engine.ema
         try:
             with self.meter.timed("paused"), self.watchdog.counting(fetched_bytes):
-                self._evaluate_splits("", counts=ema is None)  # collectives
+                self._evaluate_splits("", can_be_best=ema is None)  # collectives
                 if ema is not None:
                     with ema.as_weights():  # collectives
-                        self._evaluate_splits("_ema", counts=True)  # collectives
+                        self._evaluate_splits("_ema", can_be_best=True)  # collectives
         except UserError:
             # Other ranks may still be evaluating, and could not join the save.
             if distributed.world_size() == 1:
-                self.save_done()
+                self.save_if_changed()
             raise
         self.state.count_evaluation()
 
-    def _evaluate_splits(self, suffix: str, counts: bool) -> None:
+    def _evaluate_splits(self, suffix: str, can_be_best: bool) -> None:
         """Evaluate every held-out split with the current weights, and log the results. Collectives.
 
         Args:
             suffix: added to each split's name in the log.
-            counts: whether the result can become the best of the run.
+            can_be_best: whether the result can become the best of the run.
         """
         settings = self.config.run
         state = self.state
@@ -191,7 +188,9 @@ class Run:
             heartbeat=self.poll,
             worker_init=preemption.shield,
         )
-        firsts: dict[str, tuple[str, Metrics]] = {}  # the first name and metrics of each task
+        first_results: dict[
+            str, tuple[str, Metrics]
+        ] = {}  # the first name and metrics of each task
         for split, pairs in self.data.evals.items():
             name = split + suffix
             metrics, embedded = evaluate_split(model, pairs)  # collectives
@@ -201,15 +200,15 @@ class Run:
                 self.writer.picture(state.step, f"match-maps/{name}/{number}", picture)
             self.writer.log(state.step, prefixed(f"eval/{name}/", metrics))
             self.writer.print(summary(metrics, model.precision, name))
-            firsts.setdefault("retrieval", (name, metrics))
+            first_results.setdefault("retrieval", (name, metrics))
         for folder, pictures in self.class_pictures.items():
             name = folder + suffix
             metrics = classify(model, pictures)  # collectives
             self.writer.log(state.step, prefixed(f"zero_shot/{name}/", metrics))
             self.writer.print(summary(metrics, model.precision, name))
-            firsts.setdefault("zero_shot", (name, metrics))
-        if counts:
-            name, metrics = firsts[settings.best_by]
+            first_results.setdefault("zero_shot", (name, metrics))
+        if can_be_best:
+            name, metrics = first_results[settings.best_by]
             state.best = best_result(state.best, name, metrics, state.step)
 
     def poll(self) -> None:
@@ -222,14 +221,14 @@ class Run:
         if self.stop_poll.any(preemption.requested() is not None):  # at times collective
             raise preemption.Preempted
 
-    def save_done(self) -> None:
+    def save_if_changed(self) -> None:
         """Save a checkpoint, unless the last one holds the current state. Collectives."""
         if not self.checkpoints.holds(self.state):
             self.save()  # collectives
 
     def save(self) -> None:
         """Save a checkpoint and print its line, or a warning if that fails. Collectives."""
-        self.state.capture(self.sampler, self.bad)  # CPU-GPU sync
+        self.state.capture(self.sampler, self.bad_samples)  # CPU-GPU sync
         with self.meter.timed("paused"), self.watchdog.slow():
             line = self.checkpoints.save(self.state)  # collectives
             self.writer.print(line)

@@ -1,6 +1,6 @@
-"""Named parts of a training step, entered where they run and followed by whoever measures them.
+"""Named parts of a training step. The recorder of memory subscribes to them.
 
-The recorder of memory subscribes. Without a subscriber nothing happens.
+Without a subscriber nothing happens.
 """
 
 from collections.abc import Callable, Iterator

@@ -11,27 +11,27 @@ from torch import Tensor
 from ds_cmli.cmli.sides import upcast
 
 
-class BothWays(NamedTuple):
+class DirectionScores(NamedTuple):
     """One kind of scores, fp32 [I, J] each (fp64 for fp64 features), each for its own ranking."""
 
     i2t: Tensor  # along a row: ranks the texts for an image; CMLI's are means over patches
     t2i: Tensor  # along a column: ranks the images for a text; CMLI's are means over tokens
 
 
-def both_ways(
+def all_kinds(
     cosines: Tensor, cmli: tuple[Tensor, Tensor] | None, scales: Mapping[str, float]
-) -> dict[str, BothWays]:
-    """All kinds: "global" of cosines [I, J], "cmli" of s_i2t and s_t2i if given, and "combined".
+) -> dict[str, DirectionScores]:
+    """Return "global", of the cosines [I, J], "cmli", of s_i2t and s_t2i if given, and "combined".
 
-    That is the sum of the trained kinds, each times its 1/temperature in `scales`; if none is, as
-    in a distillation alone, the cosines.
+    "combined" sums the kinds in `scales`, each times its scale; without scales it is the cosines.
     """
-    kinds = {"global": BothWays(cosines, cosines)}
+    kinds = {"global": DirectionScores(cosines, cosines)}
     if cmli is not None:
-        kinds["cmli"] = BothWays(*cmli)
-    terms = [(scale, kinds[kind]) for kind, scale in (scales or {"global": 1.0}).items()]
-    ways = [[scale * both[way] for scale, both in terms] for way in (0, 1)]
-    return {**kinds, "combined": BothWays(*(reduce(torch.add, way) for way in ways))}
+        kinds["cmli"] = DirectionScores(*cmli)
+    weights = scales or {"global": 1.0}
+    i2t = reduce(torch.add, (scale * kinds[kind].i2t for kind, scale in weights.items()))
+    t2i = reduce(torch.add, (scale * kinds[kind].t2i for kind, scale in weights.items()))
+    return {**kinds, "combined": DirectionScores(i2t, t2i)}
 
 
 @dataclass
@@ -44,8 +44,10 @@ class Match:
     grid: tuple[int, int]  # rows and columns of patches, N = rows * columns
 
 
-def match(words: Any, text: str, tokens: Tensor, patches: Tensor, grid: tuple[int, int]) -> Match:
-    """Match `tokens` [M, D] of a text, whose tokenizer is `words`, with `patches` [N, D]. Sync."""
-    spans = words(text).spans
+def match(
+    tokenizer: Any, text: str, tokens: Tensor, patches: Tensor, grid: tuple[int, int]
+) -> Match:
+    """Match `tokens` [M, D] of a text with `patches` [N, D]. CPU-GPU sync."""
+    spans = tokenizer(text).spans
     similarity = (upcast(tokens) @ upcast(patches).t()).cpu()
     return Match(similarity, [text[start:end] for start, end in spans], spans, grid)

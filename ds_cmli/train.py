@@ -87,9 +87,10 @@ def refuse_contradictions(
     if config.run.compile != "off" and profiles.memory is not None:
         raise UserError(
             f"run.compile is {config.run.compile!r} and --profile-memory is {profiles.memory}: "
-            "predicted are uncompiled blocks alone: leave out one of the two"
+            "a prediction knows uncompiled blocks only: leave out one of the two"
         )
     if config.optim.steps is not None:
+        # Called only to raise: no profile is left out before the first step.
         profiles.left(config.optim.steps, 0, lambda line: None)
     with blame(f"--output-dir is {config.run.output_dir!r}"):
         has_checkpoints = (Path(config.run.output_dir) / "checkpoint").exists()
@@ -104,12 +105,12 @@ def train(
     accept_changes: bool = False,
     profiles: Profiles = NO_PROFILES,
     on_log: Callable[[int, dict[str, Any]], object] | None = None,
-    goes_on: bool = False,
+    keeps_process: bool = False,
 ) -> tuple[int, Path]:
     """Train: what the command and `ds_cmli.fit` call. Collective.
 
     `accept_changes` is --resume-with-changes. `on_log` is called on rank 0 with the step and the
-    columns of each line of `metrics.jsonl`. `goes_on`: the process goes on after the run.
+    columns of each line of `metrics.jsonl`. `keeps_process`: the process goes on after the run.
 
     Returns the exit code, `preemption.EXIT_CODE` if the run is to be started again, and its folder.
     """
@@ -128,10 +129,10 @@ def train(
     from ds_cmli.memory import out_of_memory
     from ds_cmli.run import Run
 
-    ds_config = engines.on_this_device(ds_config)
+    ds_config = engines.adapt_to_device(ds_config)
     with contextlib.ExitStack() as stack:
         # --- processes and data
-        device, watchdog = stack.enter_context(processes(config, goes_on))  # collective
+        device, watchdog = stack.enter_context(processes(config, keeps_process))  # collective
         data, class_pictures = load_data(config, watchdog)  # collective
 
         # --- what there is to go on from
@@ -146,18 +147,20 @@ def train(
         state = start.state
         profiles = profiles.left(total_steps, state.step, print_line)
 
-        # --- the engine
-        chosen = engines.with_backend(config, ds_config, device)  # collective
+        # --- the engine; an ended run builds it only if files that follow from its end are missing
+        chosen = engines.resolve_backend(config, ds_config, device)  # collective
         release = stack.enter_context(contextlib.ExitStack())  # once `out_of_memory` has counted
-        built = stack.enter_context(out_of_memory.ending(folder, device, goes_on))
+        # Their tensors are named if memory runs out.
+        engines_built = stack.enter_context(out_of_memory.ending(folder, device, keeps_process))
         engine = engines.build(  # collectives
             chosen, ds_config, data.vocab_size, total_steps, device, data.pad_id
         )
-        built.append(engine)
-        if goes_on:
+        engines_built.append(engine)
+        if keeps_process:
             release.callback(engines.release, engine.engine)
-        bad = BadSamples(config.data.max_bad_share, len(data.train))  # type: ignore[arg-type]
-        start.restore(engine, sampler, bad, data.tokenizer)  # collectives
+        num_samples = len(data.train)  # type: ignore[arg-type]
+        bad_samples = BadSamples(config.data.max_bad_share, num_samples)
+        start.restore(engine, sampler, bad_samples, data.tokenizer)  # collectives
         if has_ended:
             return 0, folder
         print_line(engines.counts_line(engine.objective, engine.teacher))
@@ -167,6 +170,7 @@ def train(
         with watchdog.slow(), distributed.raised_together():  # a tracker may ask its server
             if distributed.is_main():
                 writer = Writer(folder, total_steps, state.step, config.run.report_to, on_log)
+        flags = distributed.CollectiveFlags()  # collective
         run = Run(
             config=config,
             data=data,
@@ -178,9 +182,10 @@ def train(
             checkpoints=Checkpoints(folder, engine, config.run, (state.step, state.evaluated)),
             writer=writer,
             meter=Meter(engine, device.type == "cuda" and config.run.compile == "off"),
-            bad=bad,
-            flags=distributed.CollectiveFlags(),  # collective
+            bad_samples=bad_samples,
+            flags=flags,
             watchdog=watchdog,
+            stop_poll=distributed.SpacedFlag(flags),
         )
         profiled = profiles.around(engine, chosen, ds_config, folder, state.step)
         after_step = stack.enter_context(profiled)
@@ -189,11 +194,8 @@ def train(
 
 
 @contextlib.contextmanager
-def processes(config: Config, goes_on: bool) -> Iterator[tuple["torch.device", "Watchdog"]]:
-    """Join this process with the run's other ranks inside, and watch their progress. Collective.
-
-    Yields this rank's device, and the watchdog.
-    """
+def processes(config: Config, keeps_process: bool) -> Iterator[tuple["torch.device", "Watchdog"]]:
+    """Join this process with the run's other ranks inside, and watch their progress. Collective."""
     import torch.distributed as dist
 
     from ds_cmli.distributed import process_group as distributed
@@ -201,7 +203,7 @@ def processes(config: Config, goes_on: bool) -> Iterator[tuple["torch.device", "
 
     group_is_ours = not dist.is_initialized()  # one that the script has made stays
     device = distributed.init()  # collective
-    may_be_debugged = goes_on and os.environ["WORLD_SIZE"] == "1"  # and stand still for long
+    may_be_debugged = keeps_process and os.environ["WORLD_SIZE"] == "1"  # and stand still for long
     with Watchdog(0.0 if may_be_debugged else config.run.watchdog) as watchdog:
         try:
             yield device, watchdog
@@ -234,28 +236,22 @@ def load_data(
 
 
 def loop(run: "Run", after_step: Callable[[], None]) -> int:
-    """Train to the end; all ranks go through the same lines and meet in those marked.
+    """Train to the end, and return the exit code; all ranks meet in the lines marked.
 
     One step: for each micro-batch, features -> losses over the pairs of all ranks -> backward; then
     clip, update, EMA (`TrainEngine.step`). With optim.negatives = "global_batch" and several
     micro-batches: the features of all of them first, then the losses over their pairs, then each
     micro-batch again (`losses/gradient_cache.py`).
-
-    Returns the exit code.
     """
     from ds_cmli.data.pairs import loader
 
     settings = run.config.run
     state = run.state
-    batches = iter(
-        loader(
-            run.data.train,
-            run.data.collate,
-            run.config.data.workers,
-            preemption.shield,
-            batch_sampler=run.sampler,
-        )
+    workers = run.config.data.workers
+    loading = loader(
+        run.data.train, run.data.collate, workers, preemption.shield, batch_sampler=run.sampler
     )
+    batches = iter(loading)
     save_due = state.step == run.total_steps  # the run was stopped in its last evaluation
     try:
         while True:
@@ -279,7 +275,7 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
             state.evaluated = not run.due(settings.eval_every)
             save_due = save_due_by_clock or run.due(settings.save_every)
     except preemption.Preempted:
-        run.save_done()  # collectives
+        run.save_if_changed()  # collectives
         run.writer.close()
         run.checkpoints.require_saved(state)
         signal = preemption.requested() or "a signal to another rank"
@@ -289,7 +285,7 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
         )
         return preemption.EXIT_CODE
 
-    run.writer.print(*run.bad.check(run.flags))  # collective
+    run.writer.print(*run.bad_samples.check(run.flags))  # collective
     run.writer.close()
     run.writer.print(*run.checkpoints.closing_lines(state))
     return 0

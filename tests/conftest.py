@@ -142,7 +142,7 @@ def fp16_device(monkeypatch):
 
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
     monkeypatch.setattr(get_accelerator(), "supported_dtypes", lambda: [torch.float, torch.bfloat16, torch.half])
-    monkeypatch.setattr(engine, "on_this_device", lambda ds_config: ds_config)
+    monkeypatch.setattr(engine, "adapt_to_device", lambda ds_config: ds_config)
 
 
 @pytest.fixture(scope="session")

@@ -143,7 +143,7 @@ def train_engine(device: torch.device, ds_config: dict, steps: int = 6, world: i
     from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 
     chosen = config(**sections)
-    on_device = engine.on_this_device(DeepSpeedConfig.of(ds_config))
+    on_device = engine.adapt_to_device(DeepSpeedConfig.of(ds_config))
     resolved = on_device.filled(chosen, world, steps)
     return engine.build(chosen, resolved, data_of(chosen).vocab_size, steps, device)
 

@@ -63,8 +63,8 @@ def test_a_whole_configuration_in_a_process_group_of_the_script(tmp_path, data, 
 
 
 def test_only_a_single_process_that_goes_on_may_stand_still_in_a_debugger(alone):
-    for goes_on, seconds in ((True, 0.0), (False, 120.0)):
-        with processes(load_preset("tiny", {}), goes_on) as (_, watchdog):
+    for keeps_process, seconds in ((True, 0.0), (False, 120.0)):
+        with processes(load_preset("tiny", {}), keeps_process) as (_, watchdog):
             assert watchdog.timeout == seconds
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .sides import Sides, TensorPair, has_data
+from .sides import Directions, SidePair, Sides, has_data
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 COMPILER_FLAGS = "-std=c++17 -O3 -fno-trapping-math -fno-math-errno -fopenmp"
@@ -30,31 +30,6 @@ MAX_SERIAL = 2**24  # multiplications for which other threads are not woken
 MIN_TOKENS = 64
 MAX_ROWS = 8
 MAX_LANES = 16
-
-
-def _fields(pointers: str, integers: str) -> list[tuple[str, type]]:
-    return [(name, ctypes.c_void_p) for name in pointers.split()] + [
-        (name, ctypes.c_int64) for name in integers.split()
-    ]
-
-
-class SideStruct(ctypes.Structure):
-    """`Side` of cpu.cpp."""
-
-    _fields_ = _fields("features mask positions ends", "B P D")
-
-
-class CallStruct(ctypes.Structure):
-    """`Call` of cpu.cpp."""
-
-    _fields_ = [
-        ("image", SideStruct),
-        ("text", SideStruct),
-        *_fields(
-            "i2t t2i token_argmax patch_argmax d_image d_text scratch",
-            "token_bytes patch_bytes thread_bytes threads block_rows max_entries",
-        ),
-    ]
 
 
 def compiled(source: Path, flags: list[str]) -> ctypes.CDLL:
@@ -86,22 +61,20 @@ def load_kernels() -> ctypes.CDLL:
     return compiled(SOURCE, f"{COMPILER_FLAGS} {vector_flags}".split())
 
 
-def forward(sides: Sides, scores: TensorPair, argmax: TensorPair | None) -> None:
-    """Write scores [I, J], zeros before, and argmax indices [I, J, N] and [I, J, M]."""
-    call("cmli_forward", sides, scores, argmax or (None, None), (None, None))
+def forward(sides: Sides, scores: Directions, argmax: Directions | None) -> None:
+    call("cmli_forward", sides, scores, argmax, None)
 
 
-def backward(sides: Sides, d_scores: TensorPair, argmax: TensorPair, d_sides: TensorPair) -> None:
-    """Add the gradients of image and text to those given, fp32."""
+def backward(sides: Sides, d_scores: Directions, argmax: Directions, d_sides: SidePair) -> None:
     call("cmli_backward", sides, d_scores, argmax, d_sides)
 
 
 def call(
     function: str,
     sides: Sides,
-    scores: TensorPair,
-    argmax: tuple[Tensor | None, Tensor | None],
-    d_sides: tuple[Tensor | None, Tensor | None],
+    scores: Directions,
+    argmax: Directions | None,
+    d_sides: SidePair | None,
 ) -> None:
     """Allocate the scratch memory of a function of cpu.cpp, and call it unless there is no data."""
     images = side_tensors(sides.image, sides.patch_mask)
@@ -121,15 +94,19 @@ def call(
     scratch = sides.image.new_empty(thread_bytes * threads, dtype=torch.uint8)
     if I * N * J * M * D < MAX_SERIAL:
         threads = 1
-    if has_data(sides.image):
-        arguments = CallStruct(
-            SideStruct(*map(address, images), *sides.image.shape),
-            SideStruct(*map(address, texts), *sides.text.shape),
-            *map(address, (*scores, *argmax, *d_sides, scratch)),
-            *(0 if x is None else x.itemsize for x in argmax),
-            *(thread_bytes, threads, block_rows, max_entries),
-        )
-        getattr(load_kernels(), function)(ctypes.byref(arguments))
+    if not has_data(sides.image):
+        return
+    nulls = (None, None)
+    results = (*scores, *(argmax or nulls), *(d_sides or nulls))
+    index_bytes = [x.itemsize for x in argmax] if argmax else [0, 0]
+    # The fields of `Call` in cpu.cpp, 8 bytes each.
+    fields = [
+        *(*map(address, images), *sides.image.shape),
+        *(*map(address, texts), *sides.text.shape),
+        *map(address, (*results, scratch)),
+        *(*index_bytes, thread_bytes, threads, block_rows, max_entries),
+    ]
+    load_kernels()[function]((ctypes.c_int64 * len(fields))(*fields))
 
 
 def side_tensors(features: Tensor, mask: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -141,5 +118,5 @@ def side_tensors(features: Tensor, mask: Tensor | None) -> tuple[Tensor | None, 
     return features, mask, positions, features.new_empty(B, dtype=torch.int32)
 
 
-def address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+def address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

@@ -7,8 +7,7 @@ gradient of the global batch's mean loss: no factor of P appears anywhere.
 Texts travel as rows: the valid tokens of a rank, one after the other, without padding. Collectives
 need equal sizes, so each rank sends as many rows as the rank with the most.
 
-Shapes: B pairs per rank, P ranks, G = B * P, M text positions, D features, R rows of a rank at
-most.
+Shapes: B pairs per rank, P ranks, G = B * P, M text positions, D features, R rows of a rank.
 """
 
 from collections.abc import Callable
@@ -21,12 +20,12 @@ from torch import Tensor
 
 from .sides import has_data
 
-# A context around each exchange of features or their gradients, for whoever measures it.
+# Entered around each exchange of features or of their gradients. A profiler can replace it.
 exchanging: Callable[[], AbstractContextManager[object]] = nullcontext
 
-# PyTorch 2.13 renames them.
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+# PyTorch 2.13 renames them; the old names are deprecated, and looked up only before that.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def this_rank() -> int:
@@ -50,8 +49,8 @@ def gather(x: Tensor) -> Tensor:
 class TextSizes(NamedTuple):
     """Sizes of the texts of all ranks, equal on all ranks."""
 
-    longest: int  # valid tokens of a text, at most
-    num_rows: int  # R
+    max_tokens: int  # valid tokens of the longest text
+    num_rows: int  # R, valid tokens of the rank that has the most
 
 
 def gather_sizes(num_pairs: int, token_mask: Tensor | None, device: torch.device) -> TextSizes:
@@ -60,35 +59,35 @@ def gather_sizes(num_pairs: int, token_mask: Tensor | None, device: torch.device
     Raises ValueError, on every rank, if the ranks differ in B, or have no pairs. Collective,
     CPU-GPU sync.
     """
-    longest = num_rows = 1
+    max_tokens = num_rows = 1
     if token_mask is not None:
         num_rows = token_mask.numel()
-        longest = token_mask.shape[1]
+        max_tokens = token_mask.shape[1]
     largest = num_pairs
     if num_ranks() > 1:
-        # Their maxima; that of -B is the smallest B.
-        sizes = torch.tensor([num_pairs, -num_pairs, longest, num_rows], device=device)
+        # One maximum over ranks gives both extremes: that of -B is minus the smallest B.
+        sizes = torch.tensor([num_pairs, -num_pairs, max_tokens, num_rows], device=device)
         if token_mask is not None and has_data(token_mask) and num_pairs > 0:
             lengths = token_mask.sum(1)
             sizes[2] = lengths.amax()
             sizes[3] = lengths.sum()
         dist.all_reduce(sizes, dist.ReduceOp.MAX)
-        largest, negative_smallest, longest, num_rows = sizes.tolist()
+        largest, negative_smallest, max_tokens, num_rows = sizes.tolist()
         if largest != -negative_smallest:
             raise ValueError(
                 f"ranks have {-negative_smallest} to {largest} pairs: drop the last unequal batch"
             )
     if largest == 0:
         raise ValueError("there are no pairs")
-    return TextSizes(max(1, longest), max(1, num_rows))
+    return TextSizes(max(1, max_tokens), max(1, num_rows))
 
 
 def gather_texts(
     text: Tensor, token_mask: Tensor | None, sizes: TextSizes
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the texts of all ranks [G, longest, D] and their mask, valid tokens first. Collective.
+    """Return the texts of all ranks [G, M, D] and their mask, valid tokens first. Collective.
 
-    On one rank these are the text [B, M, D] and its mask [B, M] as they are. Vectors [B, D] have no
+    M is `max_tokens`. One rank gets its text [B, M, D] and mask [B, M] as they are. Vectors have no
     mask.
     """
     if num_ranks() == 1:
@@ -97,34 +96,35 @@ def gather_texts(
         if token_mask is None:
             return gather(text), None  # collective
         lengths = gather(token_mask.sum(1, dtype=torch.int32))  # collective
-        mask = torch.arange(sizes.longest, device=text.device) < lengths[:, None]
+        mask = torch.arange(sizes.max_tokens, device=text.device) < lengths[:, None]
         rows = gather(_pack(text, token_mask, 1, sizes.num_rows))  # collective
         return rows[_row_numbers(mask, num_ranks(), sizes.num_rows)], mask
 
 
 def sum_to_owner(
-    d_texts: Tensor, mask: Tensor | None, token_mask: Tensor | None, sizes: TextSizes
+    d_global_text: Tensor,
+    global_token_mask: Tensor | None,
+    local_token_mask: Tensor | None,
+    sizes: TextSizes,
 ) -> Tensor:
     """Return the sum over ranks of the gradient of this rank's texts, in their shape. Collective.
 
-    Args:
-        d_texts: in fp32 or fp64, the gradient of the texts of `gather_texts`.
-        mask: that of `gather_texts`.
-        token_mask: this rank's, bool [B, M].
+    The first two arguments belong to the texts that `gather_texts` returned.
     """
     if num_ranks() == 1:
-        return d_texts
+        return d_global_text
     with exchanging():
-        rows = d_texts
-        if mask is not None:
-            rows = _pack(d_texts, mask, num_ranks(), sizes.num_rows)
-        part = rows.new_empty((len(rows) // num_ranks(), *rows.shape[1:]))
-        _reduce_scatter(part, rows)  # collective
-        del rows  # its memory is free for what follows
-        if token_mask is None:
-            return part
-        d_text = part[_row_numbers(token_mask, 1, sizes.num_rows)]
-        return d_text.masked_fill_(~token_mask[..., None], 0)
+        global_rows = d_global_text
+        if global_token_mask is not None:
+            global_rows = _pack(d_global_text, global_token_mask, num_ranks(), sizes.num_rows)
+        num_rows = len(global_rows) // num_ranks()
+        local_rows = global_rows.new_empty((num_rows, *global_rows.shape[1:]))
+        _reduce_scatter(local_rows, global_rows)  # collective
+        del global_rows  # its memory is free for what follows
+        if local_token_mask is None:
+            return local_rows
+        d_text = local_rows[_row_numbers(local_token_mask, 1, sizes.num_rows)]
+        return d_text.masked_fill_(~local_token_mask[..., None], 0)
 
 
 def logsumexp_over_ranks(lse: Tensor) -> Tensor:
@@ -139,15 +139,18 @@ def logsumexp_over_ranks(lse: Tensor) -> Tensor:
 
 
 def _pack(x: Tensor, mask: Tensor, num_owners: int, num_rows: int) -> Tensor:
-    """Return the valid positions of texts [.., L, D] as R rows of each owner, zeros at the end."""
+    """Return the features at the valid positions as R rows of each owner, filled up with zeros."""
     all_rows = num_owners * num_rows
-    numbers = torch.where(mask, _row_numbers(mask, num_owners, num_rows), all_rows)
+    row_numbers = torch.where(mask, _row_numbers(mask, num_owners, num_rows), all_rows)
     rows = x.new_zeros(all_rows + 1, x.shape[2])  # the last one takes the masked positions
-    return rows.index_copy_(0, numbers.flatten(), x.flatten(0, 1))[:-1]
+    return rows.index_copy_(0, row_numbers.flatten(), x.flatten(0, 1))[:-1]
 
 
 def _row_numbers(mask: Tensor, num_owners: int, num_rows: int) -> Tensor:
-    """Return the row of each valid position of a mask [.., L]; a masked position gets any row."""
+    """Return the row of each valid position of a mask [.., L]; a masked position gets any row.
+
+    Masks 110 and 010 of one owner get rows 011 and 122. Owner k's rows begin at k * num_rows.
+    """
     numbers = mask.reshape(num_owners, -1).cumsum(1).sub_(1).clamp_(min=0)
     numbers += torch.arange(num_owners, device=mask.device)[:, None] * num_rows
     return numbers.view(mask.shape)

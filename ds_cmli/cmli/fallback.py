@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .sides import Sides, TensorPair, has_data, slices, upcast
+from .sides import Directions, SidePair, Sides, has_data, slices, upcast
 
 
 def text_groups(token_mask: Tensor) -> Iterator[tuple[Tensor, int, bool]]:
@@ -45,7 +45,7 @@ def valid_features(x: Tensor, mask: Tensor | None) -> Tensor:
     return upcast(x) if mask is None else upcast(x).masked_fill(~mask[..., None], 0)
 
 
-def first_maxima(S: Tensor, dim: int, scratch: Tensor | None) -> TensorPair:
+def first_maxima(S: Tensor, dim: int, scratch: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the maxima and, given scratch like S, the lowest indices of each.
 
     Where S equals its maximum, the distance from the end is largest at the lowest index. This is
@@ -61,8 +61,7 @@ def first_maxima(S: Tensor, dim: int, scratch: Tensor | None) -> TensorPair:
     return best.squeeze(dim), length - scratch.amax(dim).clamp_(min=1)
 
 
-def forward(sides: Sides, scores: TensorPair, argmax: TensorPair | None) -> None:
-    """Write scores [I, J], zeros before, and argmax indices [I, J, N] and [I, J, M]."""
+def forward(sides: Sides, scores: Directions, argmax: Directions | None) -> None:
     image, text, token_mask, patch_mask = sides
     s_i2t, s_t2i = scores
     I, N, _ = image.shape  # noqa: E741
@@ -95,8 +94,7 @@ def forward(sides: Sides, scores: TensorPair, argmax: TensorPair | None) -> None
                 patch_argmax[i, j, :m] = patch_index.permute(2, 0, 1).to(patch_argmax.dtype)
 
 
-def backward(sides: Sides, d_scores: TensorPair, argmax: TensorPair, d_sides: TensorPair) -> None:
-    """Add the gradients of image and text to those given, fp32 or fp64."""
+def backward(sides: Sides, d_scores: Directions, argmax: Directions, d_sides: SidePair) -> None:
     image, text, token_mask, patch_mask = sides
     d_image, d_text = d_sides
     d_i2t, d_t2i = d_scores

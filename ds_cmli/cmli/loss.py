@@ -67,14 +67,11 @@ class PairLoss(nn.Module):
     Args:
         init_temperature: the temperature at the start, at least 1 / `max_scale`.
         init_bias: the bias of the sigmoid loss at the start; None selects the contrastive loss.
-        max_scale: the maximum of 1/temperature.
         backend: see `cmli_scores`.
-        scratch_bytes: memory for the scores and argmax indices that backward needs, which take
-            G * (N + M + 8) bytes per image, G pairs of all ranks; backward computes those that do
-            not fit again. On a GPU it also limits the memory for a block of images.
+        scratch_bytes: memory for what forward saves for backward, G * (N + M + 8) bytes per image
+            for G pairs of all ranks. Backward computes again what does not fit. On a GPU it also
+            limits the memory for a block of images.
     """
-
-    num_duplicates: Tensor
 
     def __init__(
         self,
@@ -89,9 +86,8 @@ class PairLoss(nn.Module):
         self.temperature = Temperature(init_temperature, init_bias, max_scale)
         self.backend = backend
         self.scratch_bytes = scratch_bytes
-        # In the last call: the texts that shared an id with another pair's image of this rank.
-        num_duplicates = torch.zeros((), dtype=torch.int64)
-        self.register_buffer("num_duplicates", num_duplicates, persistent=False)
+        # Of the last call: other pairs' texts that are not negatives, counted per image.
+        self.num_duplicates = nn.Buffer(torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(
         self,
@@ -100,7 +96,7 @@ class PairLoss(nn.Module):
         token_mask: Tensor | None = None,
         patch_mask: Tensor | None = None,
         ids: Tensor | None = None,
-        learned: Tensor | None = None,
+        scale_and_bias: Tensor | None = None,
     ) -> Tensor:
         """Return the mean loss of this rank's B pairs, a scalar in fp32 (fp64 for fp64).
 
@@ -115,7 +111,7 @@ class PairLoss(nn.Module):
             patch_mask: bool [B, N], True = valid; None: all patches are valid.
             ids: int64 [B, K], such as hashes of the picture and of the caption. Pairs that share
                 an id are not negatives of each other; in the sigmoid loss they are positives.
-            learned: the result of an earlier call of `temperature`; None calls it.
+            scale_and_bias: the result of an earlier call of `temperature`; None calls it.
         """
         if token_mask is not None:
             sides = checked_sides(Sides(image, text, token_mask, patch_mask))
@@ -130,14 +126,13 @@ class PairLoss(nn.Module):
             image, text = same_dtype(image, text)
         ids_fit = ids is None or (ids.ndim == 2 and len(ids) == len(image))
         if not ids_fit or len(image) != len(text):
-            counts = len(image), len(text), None if ids is None else list(ids.shape)
-            raise ValueError(f"image, text and ids must have a row for each pair, not {counts}")
-        if learned is None:
-            learned = self.temperature()
-        learned = learned.to(score_dtype(image))
-        loss, num_duplicates = PairFunction.apply(
-            image, text, learned, token_mask, patch_mask, ids, self.backend, self.scratch_bytes
-        )
+            sizes = len(image), len(text), None if ids is None else list(ids.shape)
+            raise ValueError(f"image, text and ids must have a row for each pair, not {sizes}")
+        if scale_and_bias is None:
+            scale_and_bias = self.temperature()
+        scale_and_bias = scale_and_bias.to(score_dtype(image))
+        tensors = image, text, scale_and_bias, token_mask, patch_mask, ids
+        loss, num_duplicates = PairFunction.apply(*tensors, self.backend, self.scratch_bytes)
         self.num_duplicates.copy_(num_duplicates)
         return loss
 
@@ -146,7 +141,7 @@ class CMLILoss(PairLoss):
     """The loss of FILIP (Yao et al., 2021; equations 1 to 4), cross-modal late interaction.
 
     It is a `PairLoss` that starts at temperature 0.02, because means of maxima spread less than
-    cosines.
+    cosines. Of equal similarities, the one of the lowest index gets the gradient of the maximum.
     """
 
     def __init__(self, init_temperature: float = 0.02, **options):

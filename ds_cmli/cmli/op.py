@@ -1,9 +1,10 @@
 """`cmli_scores`: the scores of Cross-Modal Late Interaction of every image with every text.
 
 The kernels of a device are two functions that write into tensors made here:
-`forward(sides, scores, argmax)` writes scores and, unless None, argmax indices;
-`backward(sides, d_scores, argmax, d_sides)` adds gradients of features. On tensors without data, as
-those of FakeTensorMode, they allocate what they would otherwise and start nothing.
+`forward(sides, scores, argmax)` writes scores [I, J], zeros before, and argmax indices [I, J, N]
+and [I, J, M], unless None; `backward(sides, d_scores, argmax, d_sides)` adds gradients of image and
+text, fp32 or fp64. On tensors without data, as those of FakeTensorMode, they allocate what they
+would otherwise and start nothing.
 
 Two operators of PyTorch stand around the kernels, so that whatever traces a program (`make_fx`,
 `torch.export`, `torch.compile`) records them as they are: `ds_cmli::scores`, which has a gradient,
@@ -24,8 +25,8 @@ from torch import Tensor
 
 from . import cpu, fallback
 from .sides import (
+    Directions,
     Sides,
-    TensorPair,
     checked_sides,
     full_precision,
     has_data,
@@ -50,7 +51,7 @@ def cmli_scores(
     token_mask: Tensor,
     patch_mask: Tensor | None = None,
     backend: str = "auto",
-) -> TensorPair:
+) -> Directions:
     """Score every image with every text by Cross-Modal Late Interaction, in both directions.
 
     With S[n, m] = image[i, n] . text[j, m] over valid patches n and valid tokens m, by equations
@@ -89,7 +90,6 @@ def cmli_scores(
 
 
 def check_backend(backend: str) -> None:
-    """Raise ValueError if there is no backend of this name."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; it must be one of {', '.join(BACKENDS)}")
 
@@ -140,6 +140,7 @@ def add_feature_gradients(
         kernels.backward(sides, d_scores, (token_argmax, patch_argmax), (d_image, d_text))
 
 
+# PyTorch calls it with the arguments of `score_pairs`, on tensors without data.
 def _empty_results(image, text, token_mask, patch_mask, backend, keep_argmax):
     num_images, num_patches, _ = image.shape
     num_texts, num_tokens, _ = text.shape
@@ -162,7 +163,8 @@ def _save_for_backward(ctx, inputs, output):
     ctx.save_for_backward(image, text, token_mask, patch_mask, token_argmax, patch_argmax)
     ctx.backend = backend
     ctx.mark_non_differentiable(token_argmax, patch_argmax)
-    ctx.set_materialize_grads(False)  # those of the indices would take as much memory as these
+    # Zeros for the indices' gradients would take as much memory as the indices.
+    ctx.set_materialize_grads(False)
 
 
 def _scores_backward(ctx, d_i2t, d_t2i, _d_token_argmax, _d_patch_argmax):
@@ -212,7 +214,7 @@ torch.library.register_fake("ds_cmli::add_feature_gradients", lambda *_: None)
 # --- the choice of kernels
 
 
-def choose_kernels(sides: Sides, backend: str = "auto") -> Kernels:
+def choose_kernels(sides: Sides, backend: str) -> Kernels:
     """Return the kernels of a backend; "auto": those of the device.
 
     If the device's kernels do not run, "auto" warns once and returns plain PyTorch's. Raises
@@ -224,21 +226,21 @@ def choose_kernels(sides: Sides, backend: str = "auto") -> Kernels:
         name = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "torch")
     if sides.image.dtype == torch.float64:
         name = "torch"
-    reason = None
+    why_not = None
     if name == "cpu":
-        reason = why_not_cpu() if device.type == "cpu" else f"the features are on {device}"
+        why_not = why_not_cpu() if device.type == "cpu" else f"the features are on {device}"
     elif name == "triton" and device.type != "cuda" and not INTERPRETED:
-        reason = f"the features are on {device}"
+        why_not = f"the features are on {device}"
     elif name == "triton" and device.type == "cuda" and has_data(sides.image):
-        # The kernels depend on these roundings of the sizes: one trial serves many sizes.
+        # One trial serves all sizes that round to the same powers of two, as the tiles do.
         N = power_of_two(sides.image.shape[1])
         M = power_of_two(sides.text.shape[1])
-        reason = why_not_triton(device, sides.image.dtype, N, M, sides.image.shape[2])
-    if reason is None:
+        why_not = why_not_triton(device, sides.image.dtype, N, M, sides.image.shape[2])
+    if why_not is None:
         return _kernels_named(name)
     if backend != "auto":
-        raise RuntimeError(f"backend={backend!r} does not run here: {reason}")
-    _warn(reason)
+        raise RuntimeError(f"backend={backend!r} does not run here: {why_not}")
+    _warn(why_not)
     return _kernels_named("torch")
 
 
@@ -276,11 +278,11 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, N: int, M: int, D: 
 
     The kernels are compiled, started for one pair, and waited for.
     """
-    from .triton_forward import unsuited
+    from .triton_forward import why_not_capability
 
-    reason = unsuited(torch.cuda.get_device_capability(device))
-    if reason is not None:
-        return reason
+    why_not = why_not_capability(torch.cuda.get_device_capability(device))
+    if why_not is not None:
+        return why_not
     image = torch.ones(1, N, D, dtype=dtype, device=device)
     text = torch.ones(1, M, D, dtype=dtype, device=device)
     token_mask = torch.ones(1, M, dtype=torch.bool, device=device)

@@ -32,8 +32,8 @@ SCORE_BYTES = 8  # both scores of a pair
 class PairBatch(NamedTuple):
     """This rank's pairs, and the texts of all ranks."""
 
-    image: Tensor  # [B, N, D] or [B, D], as given
-    local_text: Tensor  # [B, M, D] or [B, D], as given; M is this rank's
+    image: Tensor  # [B, N, D] or [B, D], not normalized
+    local_text: Tensor  # [B, M, D] or [B, D], not normalized; M is this rank's
     local_token_mask: Tensor | None  # bool [B, M]
     patch_mask: Tensor | None  # bool [B, N]; None: all patches are valid
     local_ids: Tensor | None  # int64 [B, K]; None: there are no duplicates
@@ -47,7 +47,7 @@ class PairBatch(NamedTuple):
 class BlockScores(NamedTuple):
     i2t: Tensor  # [b, G]
     t2i: Tensor  # [b, G]
-    # The results of CMLI that its gradient needs; empty if they are not kept.
+    # What CMLI's gradient needs; None for vectors, and empty if the argmax indices are not kept.
     token_argmax: Tensor | None = None  # [b, G, N], the best token of each patch
     patch_argmax: Tensor | None = None  # [b, G, M], the best patch of each token
 
@@ -66,7 +66,7 @@ class BlockPlan(NamedTuple):
 
     backend: str  # of the op
     block_size: int  # images per block
-    num_saved: int  # a block among so many first images keeps its scores
+    num_saved: int  # first images whose scores are saved, in whole blocks
     upcast_text: bool  # the texts are cast to fp32 once for all blocks
     sizes: TextSizes
 
@@ -75,29 +75,31 @@ class PairFunction(torch.autograd.Function):
     """Returns the mean loss of this rank's pairs, and the number of duplicates. Collective."""
 
     @staticmethod
-    def forward(ctx, image, text, learned, token_mask, patch_mask, ids, backend, scratch_bytes):
+    def forward(
+        ctx, image, text, scale_and_bias, token_mask, patch_mask, ids, backend, scratch_bytes
+    ):
         if token_mask is not None:
-            # It raises, if this backend does not run, before the other ranks wait for this one.
+            # Called to raise before the first collective, if this rank does not run the backend.
             choose_kernels(Sides(image, text, token_mask, patch_mask), backend)
         sizes = exchange.gather_sizes(len(image), token_mask, image.device)  # collective
         global_text, global_token_mask = exchange.gather_texts(
             l2_normalize(text), token_mask, sizes
         )  # collectives
         global_ids = None if ids is None else exchange.gather(ids)  # collective
-        scale = learned[0]
-        bias = learned[1] if len(learned) == 2 else None
-        local = image, text, token_mask, patch_mask, ids
+        scale = scale_and_bias[0]
+        bias = scale_and_bias[1] if len(scale_and_bias) == 2 else None
+        local = image, text, token_mask, patch_mask, ids  # the first fields of PairBatch
         batch = PairBatch(*local, scale, bias, global_text, global_token_mask, global_ids)
         plan = plan_blocks(batch, sizes, backend, scratch_bytes)
         if not any(ctx.needs_input_grad):
             plan = plan._replace(num_saved=0)
 
         num_images = len(image)
-        loss_sum = learned.new_zeros(())
-        row_lse = learned.new_empty(num_images)
-        column_lse = learned.new_full((len(batch.global_text),), -torch.inf)
-        positive_i2t = learned.new_empty(num_images)  # the logits of the images' own texts
-        positive_t2i = learned.new_empty(num_images)
+        loss_sum = scale.new_zeros(())
+        row_lse = scale.new_empty(num_images)
+        column_lse = scale.new_full((len(batch.global_text),), -torch.inf)
+        positive_i2t = scale.new_empty(num_images)  # the logits of the images' own texts
+        positive_t2i = scale.new_empty(num_images)
         num_duplicates = torch.zeros((), dtype=torch.int64, device=image.device)
         saved_scores: list[BlockScores] = []
         for block in blocks(batch, plan):
@@ -119,8 +121,8 @@ class PairFunction(torch.autograd.Function):
                 column_lse = torch.logaddexp(column_lse, logits_t2i.logsumexp(0))
         if bias is None:
             column_lse = exchange.logsumexp_over_ranks(column_lse)  # collectives
-            first_text = exchange.this_rank() * num_images
-            local_column_lse = column_lse[first_text : first_text + num_images]
+            first_column = exchange.this_rank() * num_images
+            local_column_lse = column_lse[first_column : first_column + num_images]
             lse = torch.stack([row_lse, local_column_lse])
             loss_sum = (lse - torch.stack([positive_i2t, positive_t2i])).sum()
 
@@ -139,8 +141,10 @@ class PairFunction(torch.autograd.Function):
         batch = saved.batch
         text = batch.local_text
         d_image = torch.empty_like(batch.image)
-        d_learned = batch.scale.new_zeros(1 if batch.bias is None else 2)
-        d_global_text = backward_blocks(saved, ctx.plan, d_loss, d_image, d_learned)  # collective
+        d_scale_and_bias = batch.scale.new_zeros(1 if batch.bias is None else 2)
+        d_global_text = backward_blocks(
+            saved, ctx.plan, d_loss, d_image, d_scale_and_bias
+        )  # collective
         d_text = exchange.sum_to_owner(
             d_global_text, batch.global_token_mask, batch.local_token_mask, ctx.plan.sizes
         )  # collective
@@ -148,7 +152,7 @@ class PairFunction(torch.autograd.Function):
         for rows in slices(len(text), ctx.plan.block_size):
             l2_normalize_backward(d_text[rows], text[rows])
         no_gradients = (None,) * 5
-        return d_image, d_text.to(text.dtype).contiguous(), d_learned, *no_gradients
+        return d_image, d_text.to(text.dtype).contiguous(), d_scale_and_bias, *no_gradients
 
 
 def plan_blocks(batch: PairBatch, sizes: TextSizes, backend: str, scratch_bytes: int) -> BlockPlan:
@@ -174,9 +178,9 @@ def plan_blocks(batch: PairBatch, sizes: TextSizes, backend: str, scratch_bytes:
 
 
 def backward_blocks(
-    saved: Saved, plan: BlockPlan, d_loss: Tensor, d_image: Tensor, d_learned: Tensor
+    saved: Saved, plan: BlockPlan, d_loss: Tensor, d_image: Tensor, d_scale_and_bias: Tensor
 ) -> Tensor:
-    """Write `d_image`, add to `d_learned`, and return the gradient of `global_text`. Collective."""
+    """Write `d_image`, add to `d_scale_and_bias`, return `global_text`'s gradient. Collective."""
     batch = saved.batch
     scale = batch.scale
     bias = batch.bias
@@ -192,20 +196,20 @@ def backward_blocks(
         if bias is not None:
             d_logits_i2t = block.sigmoid_gradient(scores.i2t, scale, bias, row_weight)
             d_logits_t2i = block.sigmoid_gradient(scores.t2i, scale, bias, row_weight)
-            d_learned[1] += d_logits_i2t.sum()
-            d_learned[1] += d_logits_t2i.sum()
+            d_scale_and_bias[1] += d_logits_i2t.sum()
+            d_scale_and_bias[1] += d_logits_t2i.sum()
         else:
             row_lse = saved.row_lse[block.rows, None]  # [b, 1]
             d_logits_i2t = block.contrastive_gradient(scores.i2t, scale, row_lse, row_weight)
             d_logits_t2i = block.contrastive_gradient(
                 scores.t2i, scale, saved.column_lse, column_weights
             )
-        d_learned[0] += torch.dot(d_logits_i2t.flatten(), scores.i2t.flatten())
-        d_learned[0] += torch.dot(d_logits_t2i.flatten(), scores.t2i.flatten())
+        d_scale_and_bias[0] += torch.dot(d_logits_i2t.flatten(), scores.i2t.flatten())
+        d_scale_and_bias[0] += torch.dot(d_logits_t2i.flatten(), scores.t2i.flatten())
         d_i2t = d_logits_i2t.mul_(scale)
         d_t2i = d_logits_t2i.mul_(scale)
         d_unit_image = zero_gradient(block.image)
-        block.add_feature_gradients(d_i2t, d_t2i, scores, d_unit_image, d_global_text)
+        block.add_feature_gradients(d_unit_image, d_global_text, d_i2t, d_t2i, scores)
         d_image[block.rows] = l2_normalize_backward(d_unit_image, batch.image[block.rows])
     return d_global_text
 
@@ -217,8 +221,8 @@ class ImageBlock:
         self.rows = rows
         self.image = l2_normalize(batch.image[rows]).to(global_text.dtype)  # [b, N, D] or [b, D]
         self.text = global_text  # [G, M, D] or [G, D]
-        # The column of the first image's own text; those of the other images follow it.
-        self.first_text = exchange.this_rank() * len(batch.image) + rows.start
+        # The column of the first image's own text. Those of the next images are the next columns.
+        self.first_column = exchange.this_rank() * len(batch.image) + rows.start
         self.duplicates = self._find_duplicates(batch)
 
     def _find_duplicates(self, batch: PairBatch) -> Tensor | None:
@@ -234,7 +238,7 @@ class ImageBlock:
 
     def positives(self, matrix: Tensor) -> Tensor:
         """Return a view [b] of a matrix [b, G]: the elements of the images' own texts."""
-        return matrix.diagonal(self.first_text)
+        return matrix.diagonal(self.first_column)
 
     def contrastive_logits(self, scores: Tensor, scale: Tensor) -> Tensor:
         """Return scale * scores, with -inf for duplicates, which are not negatives."""
@@ -252,19 +256,19 @@ class ImageBlock:
         return d_logits.mul_(weight)
 
     def sigmoid_loss(self, scores: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        """Return the sum of -log(sigmoid(+-logits)): + for positives and duplicates."""
-        signed_logits = self._with_signs(torch.addcmul(bias, scores, scale))
+        """Return the sum of -log(sigmoid(z * logits)); z: 1 for positives, duplicates; else -1."""
+        signed_logits = self._times_z(torch.addcmul(bias, scores, scale))
         return F.softplus(signed_logits.neg_()).sum()
 
     def sigmoid_gradient(
         self, scores: Tensor, scale: Tensor, bias: Tensor, weight: Tensor
     ) -> Tensor:
-        """Return the gradient of the logits: weight * -+sigmoid(-+logits)."""
-        signed_logits = self._with_signs(torch.addcmul(bias, scores, scale))
-        return self._with_signs(signed_logits.neg_().sigmoid_()).neg_().mul_(weight)
+        """Return the gradient of the logits: -weight * z * sigmoid(-z * logits)."""
+        signed_logits = self._times_z(torch.addcmul(bias, scores, scale))
+        return self._times_z(signed_logits.neg_().sigmoid_()).neg_().mul_(weight)
 
-    def _with_signs(self, matrix: Tensor) -> Tensor:
-        """Negate the negatives' elements of a matrix [b, G], which is overwritten."""
+    def _times_z(self, matrix: Tensor) -> Tensor:
+        """Multiply a matrix [b, G] by z of `sigmoid_loss`; the matrix is overwritten."""
         matrix.neg_()
         self.positives(matrix).neg_()
         if self.duplicates is None:
@@ -280,7 +284,7 @@ class VectorBlock(ImageBlock):
             cosines = upcast(self.image) @ upcast(self.text).t()
         return BlockScores(cosines, cosines)
 
-    def add_feature_gradients(self, d_i2t, d_t2i, scores, d_image, d_text):
+    def add_feature_gradients(self, d_image, d_text, d_i2t, d_t2i, scores):
         """Add to the gradients of the unit images [b, D] and of the unit texts [G, D]."""
         with full_precision(self.image.device):
             d_cosines = d_i2t + d_t2i
@@ -304,7 +308,7 @@ class SequenceBlock(ImageBlock):
             )
         )
 
-    def add_feature_gradients(self, d_i2t, d_t2i, scores, d_image, d_text):
+    def add_feature_gradients(self, d_image, d_text, d_i2t, d_t2i, scores):
         """Add to the gradients of the unit images [b, N, D] and of the unit texts [G, M, D]."""
         torch.ops.ds_cmli.add_feature_gradients(
             d_image, d_text, self.image, self.text, self.token_mask, self.patch_mask, d_i2t, d_t2i,

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-# Two tensors of the two directions, image to text first; or of the two sides, image first.
-TensorPair = tuple[Tensor, Tensor]
-
+Directions = tuple[Tensor, Tensor]  # image to text, text to image
+SidePair = tuple[Tensor, Tensor]  # image, text
 MAX_POSITIONS = 2**15 - 1  # of a side: an argmax index has 16 bits at most
 
 
@@ -39,13 +38,13 @@ def checked_sides(sides: Sides) -> Sides:
     check_mask("token_mask", sides.token_mask, text)
     if sides.patch_mask is not None:
         check_mask("patch_mask", sides.patch_mask, image)
-    return Sides(image, text, sides.token_mask, sides.patch_mask)
+    return sides._replace(image=image, text=text)
 
 
-def same_dtype(image: Tensor, text: Tensor) -> TensorPair:
+def same_dtype(image: Tensor, text: Tensor) -> SidePair:
     """Return the features; under autocast, both in the wider dtype.
 
-    Raises ValueError if they are no floats of one dtype on one device.
+    Raises ValueError if they are not floats of one dtype on one device.
     """
     if image.dtype != text.dtype and torch.is_autocast_enabled(image.device.type):
         wider = torch.promote_types(image.dtype, text.dtype)
@@ -73,8 +72,8 @@ def has_data(x: Tensor) -> bool:
 
 
 def upcast(x: Tensor) -> Tensor:
-    """Cast to fp32; fp64 stays fp64."""
-    return x if x.dtype == torch.float64 else x.float()
+    """Cast floats to fp32; fp64 stays fp64."""
+    return x.to(score_dtype(x))
 
 
 def score_dtype(x: Tensor) -> torch.dtype:
@@ -83,7 +82,7 @@ def score_dtype(x: Tensor) -> torch.dtype:
 
 
 def zero_gradient(x: Tensor) -> Tensor:
-    """Return zeros to which the gradient of the features is added."""
+    """Return zeros of x's shape, in the dtype in which gradients are added up."""
     return x.new_zeros(x.shape, dtype=score_dtype(x))
 
 

@@ -20,16 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .sides import Sides, TensorPair, has_data, power_of_two
-from .triton_forward import (
-    Sequences,
-    TileList,
-    current_device,
-    device_limits,
-    tile_list,
-    tl,
-    triton,
-)
+from .sides import Directions, SidePair, Sides, has_data, power_of_two
+from .triton_forward import Sequences, TileList, device_limits, tile_list, tl, triton
 
 
 class BackwardTiles(NamedTuple):
@@ -84,10 +76,9 @@ def source_steps(source: Sequences, step: int) -> tuple[TileList, TileList]:
     return long_steps, tile_list(has_remainder, 1, slots, unit, start=num_long * unit)
 
 
-def backward(sides: Sides, d_scores: TensorPair, argmax: TensorPair, d_sides: TensorPair) -> None:
-    """Add the gradients of image and text to those given, fp32."""
-    images = Sequences.of(sides.image, sides.patch_mask)
-    texts = Sequences.of(sides.text, sides.token_mask)
+def backward(sides: Sides, d_scores: Directions, argmax: Directions, d_sides: SidePair) -> None:
+    images = Sequences.measured(sides.image, sides.patch_mask)
+    texts = Sequences.measured(sides.text, sides.token_mask)
     d_image, d_text = d_sides
     d_i2t, d_t2i = d_scores
     token_argmax, patch_argmax = argmax
@@ -96,9 +87,14 @@ def backward(sides: Sides, d_scores: TensorPair, argmax: TensorPair, d_sides: Te
 
 
 def add_gradient(
-    out: Tensor, p: Sequences, q: Sequences, argmax: TensorPair, d_means: TensorPair, p_axis: int
+    out: Tensor,
+    p: Sequences,
+    q: Sequences,
+    argmax: tuple[Tensor, Tensor],
+    d_means: tuple[Tensor, Tensor],
+    p_axis: int,
 ) -> None:
-    """Add the gradient of side p, sums of features of side q, to `out`.
+    """Add the gradient of p, this side, to `out`: sums of features of q, the other side.
 
     Args:
         argmax: the choices of the positions of p, and of those of q.
@@ -125,7 +121,7 @@ def add_gradient(
     # In the features' precision: in fp32 the last step needs more registers than there are.
     part = torch.zeros_like(p.features)
     if has_data(out):
-        with current_device(out):
+        with torch.cuda.device_of(out):  # Triton starts kernels on the current GPU
             gradient_kernel[-(-P * slots // (tiles.rows // 16)), -(-D // tiles.features)](
                 part, p.mask, rows.code, rows.first, p.counts, bound, q.features, q.mask,
                 long_steps.code, long_steps.first, short_steps.code, short_steps.first, p_argmax,
@@ -151,8 +147,8 @@ def load_choices(code, rows, choices, Q_LEN, q_slots, STEP: tl.constexpr):
     pair = p * p_step + (code // q_slots).to(tl.int64) * q_step
     p_choice = tl.load(p_argmax + (pair * P_LEN)[None, :] + r, mask=r_inside, other=0)
     p_coefficient = tl.load(d_p_mean + pair, mask=live, other=0.0) * p_factor
-    inside = live[:, None] & (s < Q_LEN)[None, :]
-    q_choice = tl.load(q_argmax + (pair * Q_LEN)[:, None] + s[None, :], mask=inside, other=0)
+    s_inside = live[:, None] & (s < Q_LEN)[None, :]
+    q_choice = tl.load(q_argmax + (pair * Q_LEN)[:, None] + s[None, :], mask=s_inside, other=0)
     q_coefficient = tl.load(q_weight + pair, mask=live, other=0.0)
     return p_choice.to(tl.int32), q_choice.to(tl.int32), p_coefficient, q_coefficient
 
@@ -194,8 +190,8 @@ def add_products(acc, codes, num_steps, terms, source, q_mask, d, rows, choices,
             # second for a product of the first's result, as in attention, and give each warp all
             # columns and more registers than there are.
             if terms > 1:
-                rest = (g - main.to(tl.float32)).to(source.dtype.element_ty)
-                acc = tl.dot(rest, x, acc, input_precision="ieee")
+                second = (g - main.to(tl.float32)).to(source.dtype.element_ty)
+                acc = tl.dot(second, x, acc, input_precision="ieee")
     return acc
 
 

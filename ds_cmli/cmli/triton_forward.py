@@ -13,7 +13,6 @@ Shapes: I images, J texts, N patches, M text positions (padded), D features; X s
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from .sides import Sides, TensorPair, has_data, power_of_two, slices
+from .sides import Directions, Sides, has_data, power_of_two, slices
 
 try:
     import triton
@@ -41,7 +40,7 @@ except ImportError:
     )
 
 TEXTS_PER_PROGRAM = 64  # an image block, loaded once for so many, is under 5% of the loads
-HUGE = 2.0**50  # products of smaller inputs cannot overflow fp32, and so give no NaN by themselves
+MAX_SAFE_INPUT = 2.0**50  # products of smaller inputs do not overflow fp32, and so give no NaN
 PARTIAL_BYTES = 64 * 2**20  # maxima of images of several blocks, if one image's fit
 SCRATCH_SHARED_BYTES = 2304  # the most that reductions and layout changes were seen to take
 
@@ -92,7 +91,7 @@ def forward_tiles(
     return ForwardTiles(rows, tokens, features, warps=8 if rows > 64 else 4, stages=2)
 
 
-def unsuited(capability: tuple[int, int]) -> str | None:
+def why_not_capability(capability: tuple[int, int]) -> str | None:
     """Return why GPUs of a compute capability do not run what this Triton compiles, or None."""
     name = ".".join(map(str, capability))
     if capability < (8, 0):
@@ -117,15 +116,10 @@ def device_limits(device: torch.device) -> tuple[tuple[int, int], int]:
     return (properties.major, properties.minor), shared_bytes
 
 
-def current_device(x: Tensor) -> AbstractContextManager[object]:
-    """Return a context whose current GPU, on which Triton starts kernels, is the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 def may_give_nan(x: Tensor) -> Tensor:
     """Return whether products of these features may give a NaN: one element, on the device."""
     low, high = x.aminmax()
-    return ~((low >= -HUGE) & (high <= HUGE))  # a NaN is neither
+    return ~((low >= -MAX_SAFE_INPUT) & (high <= MAX_SAFE_INPUT))  # a NaN is neither
 
 
 class Sequences(NamedTuple):
@@ -139,7 +133,7 @@ class Sequences(NamedTuple):
     masked: bool
 
     @classmethod
-    def of(cls, features: Tensor, mask: Tensor | None) -> "Sequences":
+    def measured(cls, features: Tensor, mask: Tensor | None) -> "Sequences":
         features = features.contiguous()
         X, L, _ = features.shape
         if mask is None:
@@ -160,9 +154,9 @@ class TileList(NamedTuple):
     A tile has the code `sequence * slots + place`. Places are counted in tiles or in 16 positions.
     """
 
-    code: Tensor  # [bound + 1] int32; beyond the last tile a code that no sequence has, or 0
+    code: Tensor  # [bound + 1] int32; the entries after the last tile hold `end_code`
     first: Tensor  # [X + 1] int32: the sequence's first tile; the last entry is their number
-    slots: int  # above all places of a sequence
+    slots: int  # the codes of one sequence; each place is below
 
 
 def tile_list(
@@ -210,18 +204,15 @@ def text_tiles(ends: Tensor, longest: int, widths: tuple[int, ...]) -> list[Tile
     return lists
 
 
-def forward(sides: Sides, scores: TensorPair, argmax: TensorPair | None) -> None:
-    """Write scores [I, J], zeros before, and argmax indices [I, J, N] and [I, J, M].
-
-    No indices are written where nothing is computed (padding, empty texts): these are not read.
-    """
-    images = Sequences.of(sides.image, sides.patch_mask)
-    texts = Sequences.of(sides.text, sides.token_mask)
+def forward(sides: Sides, scores: Directions, argmax: Directions | None) -> None:
+    """Score all pairs. No indices are written of padding and empty texts: these are not read."""
+    images = Sequences.measured(sides.image, sides.patch_mask)
+    texts = Sequences.measured(sides.text, sides.token_mask)
     I, N, D = images.features.shape  # noqa: E741
     J, M, _ = texts.features.shape
     tiles = forward_tiles(N, M, D, sides.image.dtype, *device_limits(sides.image.device))
     num_blocks = -(-N // tiles.rows)  # of an image
-    suspect = may_give_nan(images.features) | may_give_nan(texts.features)
+    may_have_nan = may_give_nan(images.features) | may_give_nan(texts.features)
     lists = text_tiles(texts.ends, M, tiles.tokens)
     save = argmax is not None
     s_i2t, s_t2i = scores
@@ -240,14 +231,14 @@ def forward(sides: Sides, scores: TensorPair, argmax: TensorPair | None) -> None
         column_argmax = patch_argmax.new_empty((images_at_once, num_blocks, J, M) if save else (0,))
     if not has_data(s_i2t):
         return
-    with current_device(s_i2t):
+    with torch.cuda.device_of(s_i2t):  # Triton starts kernels on the current GPU
         for i in slices(I, images_at_once):
             part = images.part(i)
             num_images = len(part.ends)
             for width, listed in zip(tiles.tokens, lists, strict=True):
                 forward_kernel[num_images * num_blocks, -(-J // TEXTS_PER_PROGRAM)](
                     row_results, column_results, token_argmax[i], column_argmax, part.features,
-                    texts.features, part.mask, texts.mask, part.counts, texts.counts, suspect,
+                    texts.features, part.mask, texts.mask, part.counts, texts.counts, may_have_nan,
                     listed.first, listed.code, J, N, M, listed.slots, TEXTS=TEXTS_PER_PROGRAM, D=D,
                     ROWS=tiles.rows, TOKENS=width, BD=tiles.features, BLOCKS=num_blocks,
                     MASKED=images.masked, SAVE=save, STAGES=tiles.stages, num_warps=tiles.warps,
@@ -271,17 +262,17 @@ NO_INDEX = tl.constexpr(0x7FFFFFFF)
 @triton.jit(do_not_specialize=["J"])  # which changes with the batch: it selects no compilation
 def forward_kernel(
     s_i2t, s_t2i, arg_i2t, arg_t2i, image, text, image_mask, token_mask, image_count, text_count,
-    suspect, first, code, J, N, M, slots, TEXTS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-    TOKENS: tl.constexpr, BD: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.constexpr,
-    SAVE: tl.constexpr, STAGES: tl.constexpr,
+    may_have_nan, first, code, J, N, M, slots, TEXTS: tl.constexpr, D: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, BD: tl.constexpr, BLOCKS: tl.constexpr,
+    MASKED: tl.constexpr, SAVE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Score a block of an image against TEXTS texts, BD features at a time.
 
     Writes the scores s_i2t, s_t2i [I, J]; of several blocks, sums of row maxima [I, BLOCKS, J] and
     column maxima [I, BLOCKS, J, M]. If SAVE, also arg_i2t [I, J, N], uint8 or int16, and arg_t2i
     [I, J, M], of several blocks [I, BLOCKS, J, M]. image_mask [I, N] is not read unless MASKED,
-    image_count [I] and text_count [J] are the valid positions, suspect [] is whether some input may
-    give a NaN, first and code are a `TileList`.
+    image_count [I] and text_count [J] are the valid positions, may_have_nan [] is `may_give_nan` of
+    the features, first and code are a `TileList`.
     """
     i = (tl.program_id(0) // BLOCKS).to(tl.int64)
     block = tl.program_id(0) % BLOCKS
@@ -301,7 +292,7 @@ def forward_kernel(
     patches = image + i * N * D + n[:, None] * D + d[None, :]
     resident = tl.load(patches, mask=n_inside[:, None] & (d[None, :] < D), other=0.0)  # [ROWS, BD]
     n_count = tl.load(image_count + i)
-    check = tl.load(suspect) != 0
+    check_nan = tl.load(may_have_nan) != 0
     c = tl.arange(0, TOKENS)
 
     best = tl.full([ROWS], LOW, tl.float32)
@@ -326,7 +317,7 @@ def forward_kernel(
 
         # A maximum of the hardware passes over NaN. S can hold one only where an input is NaN,
         # infinite or huge: only then is it looked for.
-        if check:
+        if check_nan:
             is_nan = (s != s) & n_ok[:, None] & m_ok[None, :]
             has_nan = tl.max(tl.max(is_nan.to(tl.int32), 1), 0) > 0
             poison = tl.where(has_nan, float("nan"), poison)

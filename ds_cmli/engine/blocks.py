@@ -1,4 +1,4 @@
-"""How the engine runs the layers of a model: recomputed, compiled, under ZeRO-3, in 16 bits.
+"""Recompute, compile and prepare the layers of a model for the engine.
 
 A block's forward method is replaced and not the module, so that parameter names do not change.
 """
@@ -37,25 +37,26 @@ def compile_blocks(blocks: list[nn.Module], zero_stage: int = 0) -> None:
             from deepspeed.utils import set_z3_leaf_module
 
             set_z3_leaf_module(block, True)
-            block.register_forward_pre_hook(_with_a_gradient)
+            block.register_forward_pre_hook(_require_input_gradient)
 
 
-def _with_a_gradient(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _require_input_gradient(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Let the input need a gradient, also if the layers below are frozen.
 
     Without one DeepSpeed does not know when the backward pass of a leaf module ends.
     """
-    x, *rest = inputs
+    x, *other_inputs = inputs
     if torch.is_grad_enabled() and not x.requires_grad:
         trained = any(parameter.requires_grad for parameter in block.parameters())
         x = x.detach().requires_grad_(trained)
-    return x, *rest
+    return x, *other_inputs
 
 
-def read_outside(encoder: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+def external_parameters(encoder: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
     """Yield modules, each with a parameter that it reads although another module holds it.
 
-    ZeRO-3 gathers a module's own parameters when it is called, and in training alone others too.
+    When a module is called, ZeRO-3 gathers its own parameters. It finds others by itself in
+    training only.
     """
     model = getattr(encoder, "model", None)
     for called in (model, getattr(model, "trunk", None)):  # by other methods than forward

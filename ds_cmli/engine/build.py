@@ -1,6 +1,6 @@
-"""Builds student, teacher, losses and DeepSpeed's engine from a configuration.
+"""Build student, teacher, losses and DeepSpeed's engine from a configuration.
 
-Here alone they are put together: training, profiling and prediction all begin here.
+Training, profiling and prediction all begin here.
 """
 
 import copy
@@ -24,11 +24,11 @@ from ds_cmli.engine.blocks import (
     cast_buffers,
     checkpoint_blocks,
     compile_blocks,
-    read_outside,
+    external_parameters,
 )
 from ds_cmli.engine.ema import EMA
-from ds_cmli.engine.parameter_groups import freeze, parameter_groups
-from ds_cmli.engine.plan import DTYPES, compares_all
+from ds_cmli.engine.parameter_groups import freeze, group_parameters
+from ds_cmli.engine.plan import DTYPES, uses_gradient_caching
 from ds_cmli.engine.train_engine import TrainEngine
 from ds_cmli.errors import blame
 from ds_cmli.faults import nonfinite
@@ -41,12 +41,10 @@ from ds_cmli.models.student import Student, Teacher
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-Models = tuple[Objective, Teacher | None]
-
 
 def build_models(
     config: Config, vocab_size: int, pretrained: bool = True, pad_id: int = 0
-) -> Models:
+) -> tuple[Objective, Teacher | None]:
     """Build the student with its losses, and the teacher if a loss needs it.
 
     They are on the CPU, in fp32, equal on every rank.
@@ -63,22 +61,25 @@ def build_models(
     if settings.text_weights == "demo":
         settings = replace(settings, text_weights=str(assets.fetch("minilm")))
     source = ModelSource(settings.source)
-    run = teacher = None
+    source_model = None
+    teacher = None
     if pretrained and source.name and source.is_run:
-        run = load_model(source.path, source.weights or WEIGHTS, "student.source")
+        source_model = load_model(source.path, source.weights or WEIGHTS, "student.source")
     torch.manual_seed(config.run.seed)
     sizes = data.image_size, vocab_size, data.context_length
-    student = Student(settings, *sizes, pretrained and run is None, pad_id)
+    student = Student(settings, *sizes, pretrained and source_model is None, pad_id)
     if any(LOSSES[name].teacher for name in config.loss.weights):
         if teacher_settings.weights == "demo":
             weights = str(assets.fetch("vit") / assets.WEIGHTS)
             teacher_settings = replace(teacher_settings, weights=weights)
         teacher = Teacher(teacher_settings, data.image_size, student.grid)
     objective = Objective(student, config.loss, teacher.width if teacher else None)
-    if run is not None:
-        student.load_state_dict(run.student.state_dict())
-        objective.losses.load_state_dict(run.losses.state_dict(), strict=False)  # what both have
-    if pretrained:  # weights that are loaded have theirs merged
+    if source_model is not None:
+        student.load_state_dict(source_model.student.state_dict())
+        # `strict=False` loads the losses that both have.
+        objective.losses.load_state_dict(source_model.losses.state_dict(), strict=False)
+    # The weights that otherwise overwrite these later have their adapters merged.
+    if pretrained:
         add_adapters(student, settings)
     freeze(objective, settings)
     return objective, teacher
@@ -111,14 +112,11 @@ def build(
     """Build the engine around student and losses, ready to train. Collective.
 
     Args:
-        ds_config: the JSON after `on_this_device` and `filled`.
-        vocab_size: the tokenizer's.
+        ds_config: the JSON after `adapt_to_device` and `filled`.
         total_steps: optimizer steps of the whole run, for the learning rate schedule.
         device: this rank's device; the process group must be initialised.
-        pad_id: of the tokenizer.
 
-    Raises:
-        UserError: for what DeepSpeed refuses.
+    Raises `UserError` for what DeepSpeed refuses.
     """
     import deepspeed
 
@@ -149,7 +147,7 @@ def build(
     # --- DeepSpeed
     params = ds_config["optimizer"]["params"]
     lr = params["lr"]
-    groups = parameter_groups(objective, params.get("weight_decay", 0.0), config.optim, lr)
+    groups: Any = group_parameters(objective, params.get("weight_decay", 0.0), config.optim, lr)
     lr_factor = groups[0].get("lr", lr) / lr  # computed before the optimizer changes the groups
     scheduler: Any = None  # DeepSpeed makes the JSON's
     if "scheduler" not in ds_config:
@@ -157,20 +155,19 @@ def build(
             torch.optim.lr_scheduler.LambdaLR,
             lr_lambda=lambda done: config.optim.rate(done + 1, total_steps),
         )
-    json = copy.deepcopy(dict(ds_config))
-    if not json.get("steps_per_print"):
+    content = copy.deepcopy(dict(ds_config))
+    if not content.get("steps_per_print"):
         # The timer whose lines it would print waits for the GPU twice a micro-batch.
-        throughput = json.setdefault("timers", {}).setdefault("throughput", {})
+        throughput = content.setdefault("timers", {}).setdefault("throughput", {})
         throughput.setdefault("enabled", False)
-    model_parameters: Any = groups
     with blame("DeepSpeed refuses the configuration"):
         engine, *_ = deepspeed.initialize(
-            model=objective, model_parameters=model_parameters, config=json, lr_scheduler=scheduler
+            model=objective, model_parameters=groups, config=content, lr_scheduler=scheduler
         )
     if ds_config.stage == 3:
-        # ZeRO-3 gathers others where their module is called, and in training alone where not.
+        # ZeRO-3 must be told of parameters that are read outside of their own module.
         for encoder in (student.image, student.text):
-            for module, parameter in read_outside(encoder):
+            for module, parameter in external_parameters(encoder):
                 deepspeed.zero.register_external_parameter(module, parameter)
     nonfinite.count_at_lowest_scale(engine.optimizer)
     if teacher is not None:
@@ -184,7 +181,7 @@ def build(
         frozen=frozen,
         lr_factor=lr_factor,
         accumulation=ds_config["gradient_accumulation_steps"],
-        caching=compares_all(config, ds_config),
+        caching=uses_gradient_caching(config, ds_config),
         ema=EMA(engine, config.optim.ema_decay) if config.optim.ema_decay else None,
     )
 
@@ -221,6 +218,6 @@ def release(engine: "DeepSpeedEngine") -> None:
     offload = getattr(optimizer, "parameter_offload", optimizer)
     parameters = list(engine.module.parameters())
     engine.destroy()
-    # With ZeRO-3 what lies on the parameters keeps the rest even then.
+    # Under ZeRO-3, attributes of the parameters still refer to the rest.
     for part in (*parameters, offload, optimizer, engine):
         vars(part).clear()

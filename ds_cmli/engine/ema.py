@@ -29,10 +29,7 @@ class EMA:
     """Keeps the averages of this rank's share of the master weights in `averages`."""
 
     def __init__(self, engine: Any, decay: float):
-        """`engine`: DeepSpeed's engine, with its optimizer.
-
-        Raises `UserError` if that keeps no fp32 master weights.
-        """
+        """Raises `UserError` if the optimizer of `engine` keeps no fp32 master weights."""
         self.engine = engine
         self.averages: list[Tensor] = [master.clone() for master in master_weights(engine)]
         if any(average.dtype != torch.float32 for average in self.averages):
@@ -64,9 +61,9 @@ class EMA:
     def as_weights(self) -> Iterator[None]:
         """Inside, forward passes use the averages. Collective.
 
-        After an error the master weights are put back, too. The weights that forward passes use are
-        computed from them together with all ranks, which is done after `Preempted`, raised on all
-        of them; another error may be of one rank alone and ends a run of several.
+        After an error the master weights are put back. The weights that forward passes use are then
+        refreshed only if all ranks raise, as with `Preempted`, or if there is one rank, because
+        that is collective.
         """
         try:
             with self.as_master_weights():
@@ -90,10 +87,7 @@ class EMA:
 
 
 def master_weights(engine: Any) -> list[Tensor]:
-    """Return this rank's share of the trained master weights.
-
-    It is on the host if the optimizer is offloaded.
-    """
+    """Return this rank's share of the trained master weights, on the host if offloaded."""
     optimizer = engine.optimizer
     # Stages 1 and 2; stage 3; DeepSpeed's BF16_Optimizer.
     for name in (
@@ -108,11 +102,7 @@ def master_weights(engine: Any) -> list[Tensor]:
 
 @torch.no_grad()
 def set_master_weight(engine: Any, parameter: nn.Parameter, value: Tensor) -> None:
-    """Write this rank's share of a trained parameter's master weight.
-
-    Args:
-        value: the whole parameter's value.
-    """
+    """Write this rank's share of a parameter's master weight; `value` is the whole one."""
     optimizer = engine.optimizer
     value = value.flatten()
     if hasattr(parameter, "ds_id"):

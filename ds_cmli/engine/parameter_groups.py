@@ -9,17 +9,16 @@ from ds_cmli.config.schema import OptimConfig, StudentConfig
 from ds_cmli.errors import UserError
 
 ENCODERS = ("image", "text")  # the parts that have layers, by the student's names for them
-# Parts of the names of parameters that do not count as matrices, whatever their shape: tables of
-# position embeddings and of position biases, class and other tokens.
-NO_MATRIX = ("bias", "pos", "token")
+# Words in the names of parameters that get no weight decay, whatever their shape.
+NO_DECAY_WORDS = ("bias", "pos", "token")
 
 
 class Place(NamedTuple):
     """The place of a parameter in the objective.
 
     Layer k of an encoder, counted from 1, has depth k; depth 0 is below the first layer
-    (embeddings), and layers + 1 above the last. What an encoder registers between two layers has
-    the depth of the layer before it.
+    (embeddings), and layers + 1 above the last. A parameter between two layers has the depth of
+    the lower one.
     """
 
     # "image", "text", or "rest": shared blocks, heads, the projection and the losses' parameters.
@@ -31,51 +30,51 @@ class Place(NamedTuple):
 def places(objective: nn.Module) -> dict[str, Place]:
     """Return the place of each parameter, by its name."""
     student: Any = objective.student
-    out = {name: Place() for name, _ in objective.named_parameters()}
+    place_of = {name: Place() for name, _ in objective.named_parameters()}
     for part in ENCODERS:
         encoder = getattr(student, part)
         layers = len(encoder.blocks)
         depth = 0
-        of_layer: dict[nn.Parameter, int] = {}
+        layer_of: dict[nn.Parameter, int] = {}
         for k, block in enumerate(encoder.blocks, 1):
-            of_layer |= dict.fromkeys(block.parameters(), k)
-        left = set(of_layer)
+            layer_of |= dict.fromkeys(block.parameters(), k)
+        unvisited = set(layer_of)
         for name, parameter in encoder.named_parameters():
-            if parameter in of_layer:
-                depth = of_layer[parameter]
-                left.discard(parameter)
-            elif layers and not left:
+            if parameter in layer_of:
+                depth = layer_of[parameter]
+                unvisited.discard(parameter)
+            elif layers and not unvisited:
                 depth = layers + 1
-            out[f"student.{part}.{name}"] = Place(part, depth, layers)
-    return out
+            place_of[f"student.{part}.{name}"] = Place(part, depth, layers)
+    return place_of
 
 
 def freeze(objective: nn.Module, student: StudentConfig) -> None:
     """Freeze the encoders' first layers, and the embeddings below them, as the settings say.
 
-    Raises:
-        UserError: an encoder has fewer layers, or adapters in frozen ones alone.
+    Raises `UserError` if an encoder has fewer layers, or adapters in frozen ones alone.
     """
-    first = {"image": student.freeze_image, "text": student.freeze_text}
-    where = places(objective)
+    num_frozen_of = {"image": student.freeze_image, "text": student.freeze_text}
+    place_of = places(objective)
     for name, parameter in objective.named_parameters():
-        part, depth, layers = where[name]
-        count = first.get(part, 0)
-        if count > layers and part in ENCODERS:
+        part, depth, layers = place_of[name]
+        num_frozen = num_frozen_of.get(part, 0)
+        if num_frozen > layers and part in ENCODERS:
             raise UserError(
-                f"student.freeze_{part} is {count}: the {part} encoder has {layers} layers"
+                f"student.freeze_{part} is {num_frozen}: the {part} encoder has {layers} layers"
             )
-        if count == layers > 0 and part in student.lora:
+        if num_frozen == layers > 0 and part in student.lora:
             raise UserError(
-                f"student.freeze_{part} is {count}, all layers of the {part} encoder, and "
-                f"student.lora names some: no adapter would be trained: give {count - 1} or less"
+                f"student.freeze_{part} is {num_frozen}, all layers of the {part} encoder, and "
+                "student.lora names some: no adapter would be trained: "
+                f"give {num_frozen - 1} or less"
             )
         # If all layers are frozen, so is what is above them: the whole encoder.
-        if count and (depth <= count or count == layers):
+        if num_frozen and (depth <= num_frozen or num_frozen == layers):
             parameter.requires_grad_(False)
 
 
-def parameter_groups(
+def group_parameters(
     objective: nn.Module, weight_decay: float, optim: OptimConfig, lr: float
 ) -> list[dict[str, Any]]:
     """Group the trained parameters for the optimizer, the highest learning rate first.
@@ -83,31 +82,31 @@ def parameter_groups(
     Weight decay is for matrices only: norms, biases, temperatures, tokens, embeddings and position
     tables get none. There is a learning rate for each factor of `optim`, which multiplies `lr`.
     """
-    spared: set[nn.Parameter] = set()
+    without_decay: set[nn.Parameter] = set()
     for module in objective.modules():
         if isinstance(module, nn.Embedding):
-            spared.update(module.parameters())
-        of_timm: Any = getattr(module, "no_weight_decay", None)
-        names = of_timm() if callable(of_timm) else ()
-        spared.update(p for name, p in module.named_parameters() if name in names)
+            without_decay.update(module.parameters())
+        timm_names: Any = getattr(module, "no_weight_decay", None)
+        names = timm_names() if callable(timm_names) else ()
+        without_decay.update(p for name, p in module.named_parameters() if name in names)
     factors = {str(part): factor for part, factor in optim.lr_factors.items()}
-    where = places(objective)
+    place_of = places(objective)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in objective.named_parameters():
         if not parameter.requires_grad:
             continue
-        part, depth, layers = where[name]
-        # Layers above it in its encoder; the heads count as one.
-        above = layers + 1 - depth if part in ENCODERS else 0
-        factor = factors.get(part, 1.0) * optim.layer_decay**above
-        matrix = sum(size > 1 for size in parameter.shape) >= 2 and parameter not in spared
-        table = any(word in name.rsplit(".", 1)[-1] for word in NO_MATRIX)
-        groups.setdefault((factor, matrix and not table), []).append(parameter)
-    one_rate = all(factor == 1.0 for factor, _ in groups)
+        part, depth, layers = place_of[name]
+        # In its encoder; the heads count as one.
+        layers_above = layers + 1 - depth if part in ENCODERS else 0
+        factor = factors.get(part, 1.0) * optim.layer_decay**layers_above
+        is_matrix = parameter.squeeze().ndim >= 2 and parameter not in without_decay
+        is_table = any(word in name.rsplit(".", 1)[-1] for word in NO_DECAY_WORDS)
+        groups.setdefault((factor, is_matrix and not is_table), []).append(parameter)
+    has_one_rate = all(factor == 1.0 for factor, _ in groups)
     out: list[dict[str, Any]] = []
     for (factor, decays), parameters in sorted(groups.items(), key=lambda g: g[0], reverse=True):
         group = {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
-        out.append(group if one_rate else {**group, "lr": factor * lr})
+        out.append(group if has_one_rate else {**group, "lr": factor * lr})
     return out
 
 
@@ -115,19 +114,18 @@ def counts_line(objective: nn.Module, teacher: nn.Module | None) -> str:
     """Return the log's line of the numbers of parameters and of trained ones, by part."""
     total = Counter[str]()
     trained = Counter[str]()
-    where = places(objective)
+    place_of = places(objective)
     for name, parameter in objective.named_parameters():
         # The whole size, also under ZeRO-3.
         size = getattr(parameter, "ds_numel", parameter.numel())
-        for part in ("all", where[name].part):
-            total[part] += size
-            trained[part] += size * parameter.requires_grad
+        total[place_of[name].part] += size
+        trained[place_of[name].part] += size * parameter.requires_grad
     shares = []
-    for part in [*total][1:]:
+    for part in total:
         note = f" ({trained[part] / 1e6:.2f}M trained)" if trained[part] < total[part] else ""
         shares.append(f"{part} {total[part] / 1e6:.2f}M{note}")
     frozen = ""
     if teacher is not None:
         frozen = f"; teacher {sum(p.numel() for p in teacher.parameters()) / 1e6:.2f}M"
-    counts = f"{total['all'] / 1e6:.2f}M, {trained['all'] / 1e6:.2f}M trained"
+    counts = f"{total.total() / 1e6:.2f}M, {trained.total() / 1e6:.2f}M trained"
     return f"parameters: {counts}: {', '.join(shares)}{frozen}"

@@ -18,11 +18,10 @@ from ds_cmli.errors import UserError
 from ds_cmli.hardware import bf16_is_fast, cpu_line
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-# The kernels are tried on an image of so many patches, which takes the largest tiles.
-TRIAL_PATCHES = 256
+TRIAL_PATCHES = 256  # of the image on which kernels are tried; more take no larger tiles
 
 
-def on_this_device(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
+def adapt_to_device(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
     """Return the JSON in a precision in which this device is fast, and print it if it changes.
 
     Raises `UserError` if DS_ACCELERATOR names another device than that which PyTorch finds.
@@ -36,11 +35,12 @@ def on_this_device(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
         )
     if device == "cuda":
         # GPUs before Ampere emulate bf16 slowly.
-        chosen = ds_config.on(True, torch.cuda.is_bf16_supported(including_emulation=False))
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        chosen = ds_config.on(fp16=True, bf16=has_bf16)
     else:
         print_line(cpu_line())
         # CPUs that have fp16 at all run this step two to three times slower in it than in bf16.
-        chosen = ds_config.on(False, bf16_is_fast())
+        chosen = ds_config.on(fp16=False, bf16=bf16_is_fast())
     if chosen is not ds_config:
         reason = ", where fp16 is slow or missing" if ds_config.precision == "fp16" else ""
         print_line(f"training in {chosen.precision} on this device ({device}){reason}")
@@ -67,7 +67,7 @@ def make_plan(
         assert config.optim.epochs is not None
         steps = max(1, int(config.optim.epochs * sampler.batches_per_epoch / accumulation))
     final = ds_config.filled(config, num_ranks, steps)
-    negatives = batch_pairs if compares_all(config, final) else micro_batch * num_ranks
+    negatives = batch_pairs if uses_gradient_caching(config, final) else micro_batch * num_ranks
     print_line(
         f"batch: {micro_batch} pairs per rank x {accumulation} accumulation x {num_ranks} ranks = "
         f"{batch_pairs} pairs a step; {steps} steps; negatives from {negatives} pairs"
@@ -75,7 +75,7 @@ def make_plan(
     return final, sampler, steps
 
 
-def compares_all(config: Config, ds_config: DeepSpeedConfig) -> bool:
+def uses_gradient_caching(config: Config, ds_config: DeepSpeedConfig) -> bool:
     """Return True if losses over pairs take their negatives from several micro-batches."""
     return (
         ds_config["gradient_accumulation_steps"] > 1
@@ -84,7 +84,7 @@ def compares_all(config: Config, ds_config: DeepSpeedConfig) -> bool:
     )
 
 
-def with_backend(config: Config, ds_config: DeepSpeedConfig, device: torch.device) -> Config:
+def resolve_backend(config: Config, ds_config: DeepSpeedConfig, device: torch.device) -> Config:
     """Return the configuration with the all-pairs backend that runs on the devices of all ranks.
 
     Prints a line if the device's kernels do not run. Raises `UserError` if the configuration names

@@ -4,8 +4,8 @@ Training, profiling and prediction all run this one step.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,11 +33,11 @@ class MicroBatchLosses:
     index: Tensor  # int64 [B], the samples' indices in the training set
     total: Tensor  # the weighted sum of the losses
     losses: dict[str, Tensor]  # each loss by name
-    duplicates: Tensor  # per pair, the number of other pairs' texts that are no negatives
+    duplicates_per_pair: Tensor  # the number of other pairs' texts that are not negatives
 
     def stacked(self) -> Tensor:
-        """Return one tensor: the total, each loss and `duplicates`, in this order."""
-        return torch.stack([self.total, *self.losses.values(), self.duplicates])
+        """Return one tensor: the total, each loss, the duplicates, in this order."""
+        return torch.stack([self.total, *self.losses.values(), self.duplicates_per_pair])
 
 
 @dataclass
@@ -48,11 +48,11 @@ class TrainEngine:
     device: torch.device
     dtype: torch.dtype
     # Weights that are not trained, on rank 0's host, in the precision of their source.
-    frozen: dict[str, Tensor] = field(default_factory=dict)
-    lr_factor: float = 1.0  # the factor of the first group's learning rate
-    accumulation: int = 1  # micro-batches per step
-    caching: bool = False  # losses over pairs take their negatives from all micro-batches of a step
-    ema: EMA | None = None
+    frozen: dict[str, Tensor]
+    lr_factor: float  # the factor of the first group's learning rate
+    accumulation: int  # micro-batches per step
+    caching: bool  # losses over pairs take their negatives from all micro-batches of a step
+    ema: EMA | None
     lr: float = 0.0  # the learning rate of the last update, for a group whose factor is 1
 
     def step(
@@ -81,16 +81,17 @@ class TrainEngine:
         """Run a step with gradient caching (`losses/gradient_cache.py`). Collective."""
         random_states = []
         features = []
-        weight = next(self.objective.parameters())  # it is on the GPU whose generator is meant
+        any_parameter = next(self.objective.parameters())  # on the GPU whose generator is read
         for batch in micro_batches:
-            random_states.append((torch.get_rng_state(), get_device_states(weight)))
+            random_states.append((torch.get_rng_state(), get_device_states(any_parameter)))
             with torch.no_grad():
                 features.append(self.engine(batch.to(self.device, non_blocking=True), embed=True))
         step_losses = []
         gpus = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(gpus):  # the next step draws what follows the first pass
+        # After it, the generators stand where the first pass left them.
+        with torch.random.fork_rng(gpus):
             pairs = gradient_cache.compare_cached(
-                features, self.objective.compare, self.objective.weighted, self.loss_scale
+                features, self.objective.compare, self.objective.weigh, self.loss_scale
             )  # collectives
             heartbeat()
             for index, batch in enumerate(micro_batches):
@@ -115,14 +116,15 @@ class TrainEngine:
         num_compared = len(sample_index)  # this rank's pairs among those that are compared
         # The copy from pinned memory is not waited for: it runs while the GPU works.
         batch = batch.to(self.device, non_blocking=True)
-        # The teacher's features are no variables here: they would be kept until after backward.
+        # No variable holds the teacher's features, because it would keep them until after backward.
         if pairs is None:
             total, losses = self.engine(batch, self._targets(batch))  # collectives
         else:
-            gradients = pairs.of_micro_batch(index, self.accumulation, batch.token_mask.shape[1])
+            positions = batch.token_mask.shape[1]
+            gradients = pairs.micro_batch_gradients(index, self.accumulation, positions)
             factor = self.accumulation / self.loss_scale
             total, losses = self.engine(
-                batch, self._targets(batch), pair_gradients=gradients, factor=factor
+                batch, self._targets(batch), pair_gradients=gradients, gradient_factor=factor
             )
             total = total + pairs.total
             losses = losses | pairs.losses
@@ -132,8 +134,8 @@ class TrainEngine:
         if num_duplicates is None:
             num_duplicates = torch.zeros((), device=self.device)
         ordered_losses = {name: losses[name] for name in self.objective.losses}
-        duplicates = num_duplicates.float() / num_compared
-        return MicroBatchLosses(sample_index, total.detach(), ordered_losses, duplicates)
+        duplicates_per_pair = num_duplicates.float() / num_compared
+        return MicroBatchLosses(sample_index, total.detach(), ordered_losses, duplicates_per_pair)
 
     def _targets(self, batch: Batch) -> Targets | None:
         if self.teacher is None:
@@ -156,7 +158,7 @@ class TrainEngine:
         self.lr = self.engine.get_lr()[0] / self.lr_factor
         with scopes.scope("optimizer"):
             self.engine.step()  # overflow check, gradient norm, updated weights
-        if self.ema is not None and self.engine.was_step_applied():
+        if self.ema is not None and not self.skipped:
             self.ema.update()
 
     @property
@@ -171,7 +173,7 @@ class TrainEngine:
         """True if all ranks skipped the last step's update because something was not finite."""
         return not self.engine.was_step_applied()
 
-    def state(self) -> dict[str, float]:
+    def log_columns(self) -> dict[str, float]:
         """Return the last update's columns of the log: rate, gradient norm and temperatures.
 
         In fp16 also the loss scale and the number of skipped steps. CPU-GPU sync; collective under
@@ -195,18 +197,17 @@ def num_columns(config: LossConfig) -> int:
     return 2 + len(config.weights)
 
 
-def by_name(means: list[float], losses: Iterable[str], pairs: int) -> dict[str, float]:
-    """Name the means of `stacked` losses over so many pairs for the log; {} for no pairs."""
-    if not pairs:
+def name_means(means: list[float], loss_names: Collection[str], num_pairs: int) -> dict[str, float]:
+    """Return the log's columns of the means of `stacked`; {} if `num_pairs` is 0."""
+    if not num_pairs:
         return {}
-    total, *loss_means, duplicates = means
-    names = list(losses)
+    total, *loss_means, duplicates_per_pair = means
     values = {"loss": total}
-    for name, mean in zip(names, loss_means, strict=True):
+    for name, mean in zip(loss_names, loss_means, strict=True):
         values[f"loss/{name}"] = mean
     # A loss with one positive ignores duplicates, a loss with several adds them as positives.
-    for name in names:
+    for name in loss_names:
         if LOSSES[name].scores:
             column = "added_positives" if LOSSES[name].sigmoid else "ignored_negatives"
-            values[column] = round(duplicates * pairs)
+            values[column] = round(duplicates_per_pair * num_pairs)
     return values

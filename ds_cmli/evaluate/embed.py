@@ -30,7 +30,7 @@ from ds_cmli.files import read_json
 from ds_cmli.hardware import one_attention_on_all_gpus
 from ds_cmli.losses.objective import Objective
 from ds_cmli.models import hf
-from ds_cmli.scores import BothWays, both_ways
+from ds_cmli.scores import DirectionScores, all_kinds
 
 FILLER = -1  # the number of an item that only pads a rank's items to the number of rank 0's
 Reasons = dict[int, str]  # why pictures or texts cannot be used, by number
@@ -147,12 +147,12 @@ class Evaluator:
         embedded.pop(FILLER, None)
         return embedded, reasons
 
-    def scores(self, images: Sequence[Embedding], texts: PaddedTexts) -> dict[str, BothWays]:
+    def scores(self, images: Sequence[Embedding], texts: PaddedTexts) -> dict[str, DirectionScores]:
         """Return each of `kinds` for all pictures and texts, fp32 [I, J] each, on the device."""
         image_cls, patches = (torch.stack(x).to(self.device) for x in zip(*images, strict=True))
         text_cls, tokens, token_mask = (tensor.to(self.device) for tensor in texts)
         cmli = cmli_scores(patches, tokens, token_mask) if "cmli" in self.kinds else None
-        kinds = both_ways(image_cls @ text_cls.t(), cmli, self.scales)
+        kinds = all_kinds(image_cls @ text_cls.t(), cmli, self.scales)
         return {kind: kinds[kind] for kind in self.kinds}
 
 

@@ -26,7 +26,7 @@ from ds_cmli.errors import UserError, blame
 from ds_cmli.evaluate.embed import Evaluator, PictureFiles, left_out, pad_texts, share_of_rank
 from ds_cmli.evaluate.measures import TOP, mean_accuracies, top_hits
 from ds_cmli.evaluate.summary import Metrics, prefixed
-from ds_cmli.scores import both_ways
+from ds_cmli.scores import all_kinds
 
 # Seven of OpenAI's eighty for ImageNet, which OpenAI found to work about as well as all.
 TEMPLATES = """itap of a {}.
@@ -108,7 +108,7 @@ def classify(model: Evaluator, pictures: ClassPictures) -> Metrics:
             prompt_scores, _ = cmli_scores(patches, tokens, token_mask)
             class_scores = prompt_scores.unflatten(1, classes_and_templates).mean(2)
             cmli = class_scores, class_scores
-        kinds = both_ways(cls @ class_cls.t(), cmli, model.scales)
+        kinds = all_kinds(cls @ class_cls.t(), cmli, model.scales)
         return torch.stack([kinds[kind].i2t for kind in model.kinds])
 
     hits = []

@@ -45,7 +45,9 @@ class PairGradients(NamedTuple):
     losses: dict[str, Tensor]  # each loss by name, without a graph
     gradients: dict[str, Tensor]  # [A * B, ..] of each feature, by name
 
-    def of_micro_batch(self, index: int, accumulation: int, positions: int) -> dict[str, Tensor]:
+    def micro_batch_gradients(
+        self, index: int, accumulation: int, positions: int
+    ) -> dict[str, Tensor]:
         """Return the gradients of one of A micro-batches, whose texts have so many positions."""
         gradients = {name: x.chunk(accumulation)[index] for name, x in self.gradients.items()}
         if "tokens" in gradients:
@@ -57,21 +59,20 @@ class PairGradients(NamedTuple):
 def compare_cached(
     features: list[dict[str, Tensor]],
     compare: Callable[[dict[str, Tensor]], dict[str, Tensor]],
-    weighted: Callable[[dict[str, Tensor]], list[Tensor]],
-    loss_scale: float = 1.0,
+    weigh: Callable[[dict[str, Tensor]], list[Tensor]],
+    loss_scale: float,
 ) -> PairGradients:
     """Compute the losses over the pairs of all micro-batches, and their gradients. Collective.
 
     Args:
         features: the features of each micro-batch by name; they are taken out of the dictionaries.
         compare: returns the losses of features by name.
-        weighted: multiplies losses by their weights.
         loss_scale: multiplies the gradients, which keeps fp16 gradients from vanishing.
     """
     names = list(features[0])
-    leaves = {name: _leaf([of_batch.pop(name) for of_batch in features]) for name in names}
+    leaves = {name: _leaf([micro_batch.pop(name) for micro_batch in features]) for name in names}
     losses = compare(leaves)  # collectives
-    total = torch.stack(weighted(losses)).sum()
+    total = torch.stack(weigh(losses)).sum()
     (total * loss_scale).backward()  # collectives
     gradients = {name: x.grad for name, x in leaves.items() if x.grad is not None}
     detached = {name: loss.detach() for name, loss in losses.items()}

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ds_cmli.cmli.loss import PairLoss, Temperature
+from ds_cmli.cmli.loss import PairLoss
 from ds_cmli.config.registry import LOSSES, over_pairs
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.data.pairs import Batch
@@ -26,11 +26,7 @@ PairFeatures = dict[str, Tensor]  # the inputs of the losses over pairs, by name
 
 class Objective(nn.Module):
     def __init__(self, student: Student, config: LossConfig, teacher_width: int | None = None):
-        """Build the losses that the configuration names.
-
-        Args:
-            teacher_width: the hidden size of the teacher; None without a teacher.
-        """
+        """Build the losses that the configuration names; `teacher_width` None: no teacher."""
         super().__init__()
         self.config = config
         self.student = student
@@ -48,18 +44,19 @@ class Objective(nn.Module):
         targets: Targets | None = None,
         embed: bool = False,
         pair_gradients: PairFeatures | None = None,
-        factor: float = 1.0,
+        gradient_factor: float = 1.0,
     ) -> Losses | PairFeatures:
         """Return this rank's mean losses of a micro-batch. Collective.
 
         Negatives are the other pairs of the micro-batch on all ranks. The mean over ranks of a loss
-        is the loss of the global micro-batch.
+        is the loss of the global micro-batch. DeepSpeed's engine calls `forward` alone, so it also
+        embeds.
 
         Args:
             targets: the teacher's features; None if no loss needs them.
             embed: return the features that the losses over pairs compare, and compute no loss.
             pair_gradients: the gradients of these features, if the losses over pairs have been
-                computed before; backward then uses them, multiplied by `factor`.
+                computed before; backward then uses them, multiplied by `gradient_factor`.
         """
         image_cls, patches, text_cls, tokens = self.student(
             batch.image, batch.input_ids, batch.attention_mask, batch.padded
@@ -75,17 +72,17 @@ class Objective(nn.Module):
                 values[name] = loss(features, targets, self.student, self.width_head)
         if pair_gradients is None:
             values |= self.compare(pairs)  # collectives
-        terms = self.weighted(values)
+        terms = self.weigh(values)
         if pair_gradients is not None:
             for name, gradient in pair_gradients.items():
-                terms.append(KnownGradient.apply(pairs[name], gradient, factor))
+                terms.append(KnownGradient.apply(pairs[name], gradient, gradient_factor))
         logged = {name: values[name].detach() for name in self.losses if name in values}
         return torch.stack(terms).sum(), logged
 
     def compare(self, pairs: PairFeatures) -> dict[str, Tensor]:
         """Return the losses over the pairs of all ranks, by name. Collective."""
         values = {}
-        for name, loss in self._over_pairs().items():
+        for name, loss in self._pair_losses().items():
             token_mask = None
             if LOSSES[name].scores == "global":
                 image = pairs["image_cls"]
@@ -96,28 +93,30 @@ class Objective(nn.Module):
                 token_mask = pairs["token_mask"]
             # With gradient caching each micro-batch has added its copy of the scale and the bias.
             copy_size = 1 if loss.temperature.logit_bias is None else 2
-            learned = pairs[f"learned/{name}"].view(-1, copy_size).mean(0)
-            # `forward`, not the module: ZeRO-3's hooks expect a module to be called by the model.
-            values[name] = loss.forward(image, text, token_mask, ids=pairs["ids"], learned=learned)
+            scale_and_bias = pairs[f"scale_and_bias/{name}"].view(-1, copy_size).mean(0)
+            # ZeRO-3's hooks allow a module to be called only inside the model's own forward.
+            values[name] = loss.forward(
+                image, text, token_mask, ids=pairs["ids"], scale_and_bias=scale_and_bias
+            )
         return values
 
     @property
     def num_duplicates(self) -> Tensor | None:
         """The number of duplicates among the pairs compared last; None without a loss over pairs.
 
-        Duplicates are other pairs' texts that are no negatives of this rank's images.
+        Duplicates are other pairs' texts that are not negatives of this rank's images.
         """
-        return next((loss.num_duplicates for loss in self._over_pairs().values()), None)
+        return next((loss.num_duplicates for loss in self._pair_losses().values()), None)
 
-    def weighted(self, values: dict[str, Tensor]) -> list[Tensor]:
+    def weigh(self, values: dict[str, Tensor]) -> list[Tensor]:
         """Multiply each loss by its weight."""
         return [self.config.weights[name] * value for name, value in values.items()]
 
-    def _over_pairs(self) -> dict[str, PairLoss]:
+    def _pair_losses(self) -> dict[str, PairLoss]:
         return {name: cast(PairLoss, self.losses[name]) for name in over_pairs(self.config.weights)}
 
     def _pair_features(self, features: Features, batch: Batch) -> PairFeatures:
-        """Return the inputs of the losses over pairs, with `learned/NAME` of each loss."""
+        """Return the inputs of the losses over pairs, with `scale_and_bias/NAME` of each."""
         score_kinds = {LOSSES[name].scores for name in self.config.weights}
         pairs: PairFeatures = {"token_mask": features.token_mask, "ids": batch.pair_id}
         if "global" in score_kinds:
@@ -126,20 +125,16 @@ class Objective(nn.Module):
         if "cmli" in score_kinds:
             pairs["patches"] = self.student.projection(features.patches)
             pairs["tokens"] = self.student.projection(features.tokens)
-        for name, loss in self._over_pairs().items():
-            pairs[f"learned/{name}"] = loss.temperature()
+        for name, loss in self._pair_losses().items():
+            pairs[f"scale_and_bias/{name}"] = loss.temperature()
         return pairs
 
     def scales(self) -> dict[str, float]:
-        """Return 1/temperature of each loss that has a temperature, by name.
+        """Return 1/temperature of each loss over pairs, by name.
 
         CPU-GPU sync; collective if ZeRO-3 partitions the temperatures.
         """
-        temperatures = {
-            name: cast(Temperature, loss.temperature)
-            for name, loss in self.losses.items()
-            if hasattr(loss, "temperature")
-        }
+        temperatures = {name: loss.temperature for name, loss in self._pair_losses().items()}
         parameters = [p for module in temperatures.values() for p in module.parameters()]
         scales = {}
         with torch.no_grad(), _gathered(parameters):
@@ -150,10 +145,7 @@ class Objective(nn.Module):
 
 
 def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager:
-    """Return a context in which the parameters are whole. Collective under ZeRO-3.
-
-    ZeRO-3 may have partitioned them at any time, for example after a skipped step.
-    """
+    """Return a context in which parameters that ZeRO-3 partitions are whole. Collective then."""
     if not any(hasattr(p, "ds_id") for p in parameters):
         return nullcontext()
     import deepspeed

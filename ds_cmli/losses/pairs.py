@@ -1,8 +1,4 @@
-"""The losses over pairs: a contrastive and a sigmoid one, on cosines of class tokens and on CMLI.
-
-Contrastive: CLIP (Radford et al., 2021), and on all-pairs CMLI equations (1) to (4) of the source
-document, FILIP (Yao et al., 2021). Sigmoid: SigLIP (Zhai et al., 2023, algorithm 1).
-"""
+"""The losses over pairs: contrastive and sigmoid, on cosines of class tokens and on CMLI."""
 
 import math
 
@@ -14,7 +10,8 @@ from ds_cmli.models.student import Student
 class GlobalContrastive(PairLoss):
     def __init__(self, config: LossConfig, student: Student, teacher_width: int | None = None):
         super().__init__(config.init_temperature, backend=config.cmli_backend)
-        if student.start is not None:  # the scale with which the student's source was trained
+        # A source's scale is that with which it was trained.
+        if student.start is not None:
             self.temperature.logit_scale.data.fill_(student.start.log_scale)
 
 
@@ -35,6 +32,7 @@ class GlobalSigmoid(PairLoss):
                 bias = student.start.bias
         if bias is None:
             bias = -10.0
+        # The scale is written afterwards: a source's may be above the maximum.
         super().__init__(0.1, bias, MAX_SIGMOID_SCALE, backend=config.cmli_backend)
         self.temperature.logit_scale.data.fill_(log_scale)
 

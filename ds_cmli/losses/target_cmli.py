@@ -1,5 +1,5 @@
 """Target-CMLI: each token regresses its best-matching teacher patch, equations (5) to (10) of the
-source document; and the regression of the class tokens, the document's starting point.
+source document (docs/method.md); and the regression of the class tokens, its starting point.
 
 Everything is computed in fp32, or in fp64 for fp64 inputs.
 
@@ -35,11 +35,9 @@ class WidthHead(nn.Linear):
         nn.init.orthogonal_(self.weight)
 
     def forward(self, x: Tensor, back: bool = False) -> Tensor:
-        """Map [.., H] to [.., H_t], H_t the teacher's hidden size.
+        """Map [.., H] to the teacher's [.., H_t]; `back`: map [.., H_t] to [.., H].
 
-        Args:
-            back: map [.., H_t] to [.., H], by the transpose: the pseudo-inverse of an orthonormal
-                map.
+        The way back is the transpose, the pseudo-inverse of an orthonormal map.
         """
         return nn.functional.linear(x, self.weight.t() if back else self.weight)
 
@@ -47,12 +45,12 @@ class WidthHead(nn.Linear):
 def match_patches(tokens: Tensor, patches: Tensor) -> Tensor:
     """Return each token's patch of the highest cosine, int64 [B, M]: equation (2) for the pairs.
 
-    The index has no gradient, so this alone never trains g. Ties go to the lowest index.
+    The index has no gradient, so this alone trains no projection. Ties go to the lowest index.
 
     Args:
         tokens: [B, M, D].
-        patches: [B, N, D], projected by the same g as the tokens: with two different random
-            projections, matches are random.
+        patches: [B, N, D], projected as the tokens: with two different random projections, matches
+            are random.
     """
     with torch.no_grad(), full_precision(tokens.device):
         unit_tokens = l2_normalize(upcast(tokens))
@@ -71,19 +69,12 @@ def squared_distance(x: Tensor, y: Tensor, reduction: str) -> Tensor:
     return square.mean(-1) if reduction == "mean" else square.sum(-1)
 
 
-def target_image_loss(
-    student_patches: Tensor, teacher_patches: Tensor, reduction: str = "mean"
-) -> Tensor:
-    """Regress each patch on the teacher's at the same place, both [B, N, H]: equation (7)."""
-    return squared_distance(student_patches, teacher_patches, reduction).mean()
-
-
 def target_text_loss(
     student_tokens: Tensor,
     teacher_patches: Tensor,
     match: Tensor,
     token_mask: Tensor,
-    reduction: str = "mean",
+    reduction: str,
 ) -> Tensor:
     """Regress each valid token on the teacher's feature at its match: equation (9).
 
@@ -95,7 +86,6 @@ def target_text_loss(
         teacher_patches: [B, N, H], the frozen teacher's, already layer-normalised.
         match: int64 [B, M].
         token_mask: bool [B, M], True = valid (not [CLS], [SEP], [PAD]).
-        reduction: "mean" or "sum" over H, see `squared_distance`.
     """
     index = match[:, :, None].expand(-1, -1, teacher_patches.shape[2])
     targets = teacher_patches.gather(1, index)  # [B, M, H]
@@ -116,11 +106,7 @@ class TargetCMLI(nn.Module):
     def forward(
         self, features: Features, targets: Targets, student: Student, head: WidthHead | None
     ) -> Tensor:
-        """Return the loss of this rank's pairs, a scalar.
-
-        Args:
-            head: maps the student's features to the teacher's width; None: the widths are equal.
-        """
+        """Return the loss of this rank's pairs, a scalar; `head` None: the widths are equal."""
         patches = features.patches
         tokens = features.tokens
         if head is not None:
@@ -128,28 +114,21 @@ class TargetCMLI(nn.Module):
             tokens = head(tokens)
         terms: list[Tensor] = []
         if self.text_weight:
-            match = self.match(features, targets, student, head)
+            teacher_patches = targets.patches
+            with torch.no_grad():  # only an all-pairs loss trains this projection
+                if head is not None:
+                    teacher_patches = head(teacher_patches, back=True)
+                match = match_patches(
+                    student.projection(features.tokens), student.projection(teacher_patches)
+                )
             loss = target_text_loss(
                 tokens, targets.patches, match, features.token_mask, self.reduction
             )
             terms.append(self.text_weight * loss)
         if self.image_weight:
-            loss = target_image_loss(patches, targets.patches, self.reduction)
+            loss = squared_distance(patches, targets.patches, self.reduction).mean()  # equation (7)
             terms.append(self.image_weight * loss)
         return torch.stack(terms).sum()
-
-    @torch.no_grad()
-    def match(
-        self, features: Features, targets: Targets, student: Student, head: WidthHead | None
-    ) -> Tensor:
-        """Return the teacher's patch of each token, int64 [B, M].
-
-        Only an all-pairs loss trains the projection that is used here.
-        """
-        patches = targets.patches
-        if head is not None:
-            patches = head(patches, back=True)
-        return match_patches(student.projection(features.tokens), student.projection(patches))
 
 
 class ClsDistillation(nn.Module):

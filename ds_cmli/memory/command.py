@@ -130,9 +130,9 @@ def triton_line(gpu: Gpu) -> str:
     """Say by which kernels a Blackwell GPU is predicted, which depends on the version of Triton."""
     import triton
 
-    from ds_cmli.cmli.triton_forward import unsuited
+    from ds_cmli.cmli.triton_forward import why_not_capability
 
-    reason = unsuited(gpu.capability) or "its kernels run there"
+    reason = why_not_capability(gpu.capability) or "its kernels run there"
     return f"{gpu.name}: predicted with this machine's Triton {triton.__version__}: {reason}"
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ds_cmli import engine, hardware
-from ds_cmli.cmli.triton_forward import unsuited
+from ds_cmli.cmli.triton_forward import why_not_capability
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.messages import check
 from ds_cmli.config.schema import Config
@@ -69,7 +69,7 @@ class Step:
         json = json.filled(self.config, self.world_size, TOTAL_STEPS)
         _, micro_batch, accumulation = (json[key] for key in BATCH_KEYS)
         config, vocab_size = without_weights(self.config)
-        why_not = unsuited(torch.cuda.get_device_capability(device))
+        why_not = why_not_capability(torch.cuda.get_device_capability(device))
         config = engine.choose_backend(config, "cuda", why_not)
         with _alone(self.world_size, self.rank), _as_deterministic(config.run.deterministic):
             train_engine = engine.build(config, json, vocab_size, TOTAL_STEPS, device)

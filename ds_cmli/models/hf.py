@@ -44,7 +44,7 @@ from ds_cmli.errors import UserError, blame
 from ds_cmli.models.encoders import changed_fields
 from ds_cmli.models.student import Student
 from ds_cmli.pretrained import loading
-from ds_cmli.scores import both_ways
+from ds_cmli.scores import all_kinds
 
 WEIGHTS = "model.safetensors"
 AVERAGE = "model.ema.safetensors"  # this one and the next are variants, as transformers names them
@@ -161,7 +161,7 @@ class CMLIModel(PreTrainedModel):
         mask = self.token_mask(input_ids, attention_mask)
         cosines = image_cls @ text_cls.t()
         cmli = cmli_scores(patches, tokens, mask)  # s_i2t and s_t2i
-        combined = both_ways(cosines, cmli, score_scales(self.scales()))["combined"]
+        combined = all_kinds(cosines, cmli, score_scales(self.scales()))["combined"]
         features = (image_cls, text_cls, patches, tokens, mask)
         return CMLIOutput(combined.i2t, combined.t2i.t(), *features)
 

@@ -59,12 +59,18 @@ VARIANTS = (
 
 
 def stored_loss(
-    scores: Callable, image: Tensor, text: Tensor, token_mask: Tensor, *_, learned: Tensor, **__
+    scores: Callable,
+    image: Tensor,
+    text: Tensor,
+    token_mask: Tensor,
+    *_,
+    scale_and_bias: Tensor,
+    **__,
 ) -> Tensor:
     """In place of `CMLILoss.forward`: what `scores` stores of all pairs, autograd keeps."""
     ranks = num_ranks()  # whose texts are of this size too
     texts, masks = l2_normalize(text).repeat(ranks, 1, 1), token_mask.repeat(ranks, 1)
-    return contrastive_loss(scores, l2_normalize(image), texts, masks, learned.log())
+    return contrastive_loss(scores, l2_normalize(image), texts, masks, scale_and_bias.log())
 
 
 def document_config(s: Setting, losses: tuple[str, ...] = ALL_LOSSES) -> Config:

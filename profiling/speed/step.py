@@ -42,7 +42,7 @@ def plain(
     objective, teacher = engine.build_models(config, data.vocab_size)
     objective.to(device)
     params = ds_config["optimizer"]["params"]
-    groups = engine.parameter_groups(objective, params["weight_decay"], config.optim, params["lr"])
+    groups = engine.group_parameters(objective, params["weight_decay"], config.optim, params["lr"])
     adam = {name: params[name] for name in ("lr", "betas", "eps")}
     optimizer = torch.optim.AdamW(groups, **adam, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -70,9 +70,9 @@ def plain(
 def command(deepspeed_config, settings, repeats, clock, **options) -> None:
     config = load_preset(None, settings)
     device = distributed.init()
-    ds_config = engine.on_this_device(DeepSpeedConfig.load(deepspeed_config))
+    ds_config = engine.adapt_to_device(DeepSpeedConfig.load(deepspeed_config))
     ds_config = ds_config.filled(config, 1, STEPS)
-    config = engine.with_backend(config, ds_config, device)
+    config = engine.resolve_backend(config, ds_config, device)
     data = build_data(config.data, config.run.seed)
     micro_batch = ds_config["train_micro_batch_size_per_gpu"]
     sampler = GlobalBatchSampler(data.order, micro_batch, 0, 1, config.run.seed)

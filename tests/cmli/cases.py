@@ -1,11 +1,12 @@
-"""Random inputs of the all-pairs op, equations (1) to (4) a pair at a time, and the errors of an implementation."""
+"""Random inputs of the all-pairs op, and the errors of an implementation beside the reference in fp64."""
 
-from itertools import product
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ds_cmli.cmli.reference import cmli_scores_reference
 
 PATCHES = [1, 2, 7, 15, 16, 17, 49, 197, 300]
 TOKENS = [1, 2, 3, 5, 9, 16, 33, 64, 70, 300]
@@ -62,20 +63,6 @@ def case(seed: int, longest: int = 300, dtype: torch.dtype | None = None) -> Cas
     return Case(kind, image, text, token_mask, patch_mask, d_scores)
 
 
-def reference_scores(
-    image: Tensor, text: Tensor, token_mask: Tensor, patch_mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Both scores by equations (1) to (4) in fp64, a pair at a time; `max` takes the first of equal similarities."""
-    if patch_mask is None:
-        patch_mask = torch.ones(image.shape[:2], dtype=torch.bool)
-    s_i2t, s_t2i = (torch.zeros(len(image), len(text), dtype=torch.float64) for _ in range(2))
-    for i, j in product(range(len(image)), range(len(text))):
-        S = image[i][patch_mask[i]].double() @ text[j][token_mask[j]].double().t()
-        s_i2t[i, j] = S.max(1).values.mean() if S.numel() else S.sum()  # of nothing: 0, and no gradient
-        s_t2i[i, j] = S.max(0).values.mean() if S.numel() else S.sum()
-    return s_i2t, s_t2i
-
-
 def with_gradients(scores, case: Case, double: bool = False) -> list[Tensor]:
     """Both scores, and the gradients of image and text, in fp64; `double`: computed in it."""
     image, text = ((x.double() if double else x).clone().requires_grad_() for x in (case.image, case.text))
@@ -87,7 +74,7 @@ def with_gradients(scores, case: Case, double: bool = False) -> list[Tensor]:
 def check(scores, case: Case) -> None:
     """Compare scores, also those that are not finite, and the gradients where nothing is NaN or infinite."""
     *ours, d_image, d_text = with_gradients(scores, case)
-    *expected, expected_d_image, expected_d_text = with_gradients(reference_scores, case, double=True)
+    *expected, expected_d_image, expected_d_text = with_gradients(cmli_scores_reference, case, double=True)
     limit = LIMITS[case.image.dtype]
     torch.testing.assert_close(ours, expected, rtol=0, atol=min(limit, 1e-6), equal_nan=True)
     for gradient, right in ((d_image, expected_d_image), (d_text, expected_d_text)):

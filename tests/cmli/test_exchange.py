@@ -1,15 +1,18 @@
 """The exchange between ranks: the bytes of valid tokens alone, and one line on every rank for unequal batches."""
 
+import importlib.util
 import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ds_cmli.cmli import CMLILoss, PairLoss, exchange
 from tests import ranks
 
 B, N, M, D = 6, 9, 64, 32
 LENGTHS = [6, 18, 12, 3, 21, 12]  # 12 valid tokens on average
+OLD_NAMES = ("all_gather_into_tensor", "reduce_scatter_tensor")
 
 
 def features(rank: int):
@@ -65,3 +68,16 @@ def error_of_unequal_batches(rank: int, world: int, vectors: bool, num_pairs: li
 def test_ranks_with_unequal_batches_get_the_same_line(vectors, num_pairs):
     line = f"ranks have {min(num_pairs)} to {max(num_pairs)} pairs: drop the last unequal batch"
     assert ranks.run(error_of_unequal_batches, 2, vectors, num_pairs) == [line] * 2
+
+
+@pytest.mark.parametrize("names", [("all_gather_single", "reduce_scatter_single"), OLD_NAMES])
+def test_collectives_are_found_by_their_old_or_their_new_names_alone(monkeypatch, names):
+    collectives = [getattr(dist, name) for name in OLD_NAMES]
+    for name in (*OLD_NAMES, "all_gather_single", "reduce_scatter_single"):
+        monkeypatch.delattr(dist, name, raising=False)
+    for name, collective in zip(names, collectives, strict=True):
+        monkeypatch.setattr(dist, name, collective, raising=False)
+    spec = importlib.util.find_spec(exchange.__name__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert [module._all_gather, module._reduce_scatter] == collectives

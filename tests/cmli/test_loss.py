@@ -14,9 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ds_cmli.cmli import CMLILoss, PairLoss, pair_function
 from ds_cmli.cmli.normalize import l2_normalize
-from ds_cmli.cmli.reference import pair_loss_reference
+from ds_cmli.cmli.reference import cmli_scores_reference, pair_loss_reference
 from tests import ranks
-from tests.cmli.cases import reference_scores
 
 G, N, M, D = 12, 20, 6, 16
 SETTINGS = list(product((False, True), (False, True)))  # vectors, sigmoid
@@ -79,7 +78,7 @@ def expected_results(vectors: bool, extra: bool, dtype, learned: Tensor) -> list
     if vectors:
         scores = [unit_image @ unit_text.t()] * 2
     else:
-        scores = reference_scores(unit_image, unit_text, token_mask, patch_mask)
+        scores = cmli_scores_reference(unit_image, unit_text, token_mask, patch_mask)
     values = torch.cat([parameters[:1].exp(), parameters[1:]])
     value = pair_loss_reference(*scores, values, None if ids is None else duplicates_of(ids))
     return [value.detach(), *torch.autograd.grad(value, (image, text, parameters))]
@@ -152,7 +151,7 @@ def test_16_bit_gradients_are_those_of_the_rounded_unit_rows(dtype):
     image, text, token_mask, *_ = batch(False, False, dtype)
     value, d_image, d_text, _ = loss_and_gradients(CMLILoss(), image, text, token_mask)
     units = [l2_normalize(x).double().requires_grad_() for x in (image, text)]
-    expected = pair_loss_reference(*reference_scores(*units, token_mask), torch.tensor([50.0]))
+    expected = pair_loss_reference(*cmli_scores_reference(*units, token_mask), torch.tensor([50.0]))
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     assert d_image.dtype == dtype
     d_units = torch.autograd.grad(expected, units)

@@ -80,8 +80,8 @@ def test_triton_interpreted():
 
 @pytest.mark.parametrize("target, dtype", CASES)
 def test_kernels_fit_and_use_tensor_cores(kernels_for, tmp_path, target, dtype):
-    if triton_forward.unsuited(divmod(target, 10)) is not None:
-        pytest.skip(triton_forward.unsuited(divmod(target, 10)))
+    if triton_forward.why_not_capability(divmod(target, 10)) is not None:
+        pytest.skip(triton_forward.why_not_capability(divmod(target, 10)))
     kernels = kernels_for(target)
     image, text = (torch.ones(3, length, 256, dtype=dtype, requires_grad=True) for length in (196, 63))
     sum(map(torch.sum, cmli_scores(image, text, torch.ones(3, 63, dtype=torch.bool), backend="triton"))).backward()
@@ -120,5 +120,5 @@ def test_tiles_are_those_that_were_chosen_by_their_compiled_kernels(D, dtype, gp
 )
 def test_gpus_that_do_not_run_the_kernels_are_known(monkeypatch, capability, version, reason):
     monkeypatch.setattr(triton, "__version__", version)
-    found = triton_forward.unsuited(capability)
+    found = triton_forward.why_not_capability(capability)
     assert found is None if reason is None else reason in found

@@ -22,7 +22,7 @@ def test_each_step_trains_at_the_rate_that_is_logged_for_it(kind, device, data):
     for batch in make.batches(data, 8, 4):
         before = weight.detach().clone()
         trained.step([batch])
-        logged.append(trained.state()["lr"])
+        logged.append(trained.log_columns()["lr"])
         moved.append(not torch.equal(before, weight))
         after.append(trained.engine.get_lr()[0])
     assert logged[1:] == after[:-1]

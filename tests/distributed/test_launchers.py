@@ -62,7 +62,7 @@ def test_a_device_that_is_not_here(monkeypatch):
     ds_config = DeepSpeedConfig.of(ZERO1)  # it imports DeepSpeed, which looks for its device once
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     with pytest.raises(UserError, match=r"^DS_ACCELERATOR is 'cuda' and PyTorch trains on cpu here: unset it"):
-        engine.on_this_device(ds_config)
+        engine.adapt_to_device(ds_config)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import torch
 
 from ds_cmli.config.presets import load_preset
 from ds_cmli.engine import build_models
-from ds_cmli.engine.parameter_groups import counts_line, parameter_groups
+from ds_cmli.engine.parameter_groups import counts_line, group_parameters
 from ds_cmli.errors import UserError
 from ds_cmli.memory.inputs import without_weights
 from tests import make
@@ -127,7 +127,7 @@ def test_matrices_alone_decay(kind, model, overrides):
     config, vocab_size = without_weights(load_preset("tiny", {"student": student, "data": size, "loss": loss}))
     objective = build_models(config, vocab_size)[0]
     names = {id(parameter): name for name, parameter in objective.named_parameters()}
-    groups = parameter_groups(objective, 0.1, config.optim, 1e-3)
+    groups = group_parameters(objective, 0.1, config.optim, 1e-3)
     decay, plain = ({names[id(p)] for p in group["params"]} for group in groups)
     assert decay | plain == set(names.values()) and not decay & plain
     # Every layer that multiplies by a matrix or convolves, by the kinds of modules.

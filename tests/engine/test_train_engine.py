@@ -87,7 +87,7 @@ def test_fp16_falls_back_to_what_the_device_is_fast_in(monkeypatch, capsys, gpu,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
     monkeypatch.setattr(plan, "bf16_is_fast", lambda: bf16)
-    ds_config = engine.on_this_device(DeepSpeedConfig.of({**ZERO1, "fp16": {"enabled": True}}))
+    ds_config = engine.adapt_to_device(DeepSpeedConfig.of({**ZERO1, "fp16": {"enabled": True}}))
     assert ds_config.precision == runs
     out = capsys.readouterr().out
     assert (f"training in {runs} on this device (cpu), where" in out) == (not gpu)
@@ -121,7 +121,7 @@ def test_the_backend_is_the_devices_and_a_line_says_why_its_kernels_do_not_run(
     monkeypatch.setattr(plan, "why_not_cpu", lambda: reason)
     config = load_preset("tiny", {})
 
-    chosen = engine.with_backend(config, DeepSpeedConfig.of(ZERO1), torch.device(device))
+    chosen = engine.resolve_backend(config, DeepSpeedConfig.of(ZERO1), torch.device(device))
 
     assert chosen.loss.cmli_backend == backend
     # Images of 256 patches take the largest tiles.
@@ -145,10 +145,10 @@ def test_kernels_that_do_not_run_are_refused(monkeypatch, backend, device, reaso
     monkeypatch.setattr(plan, "why_not_cpu", lambda: "no compiler")
     config = load_preset("tiny", {"loss": {"cmli_backend": backend}})
     with pytest.raises(UserError, match=rf"is '{backend}', which does not run \({reason}\): give 'auto' or 'torch'"):
-        engine.with_backend(config, DeepSpeedConfig.of(ZERO1), torch.device(device))
+        engine.resolve_backend(config, DeepSpeedConfig.of(ZERO1), torch.device(device))
 
 
 def test_without_a_loss_over_tokens_no_backend_is_tried(monkeypatch):
     monkeypatch.setattr(plan, "why_not_cpu", lambda: pytest.fail("it is tried"))
     config = load_preset("tiny", {"loss": {"weights": {"global": 1.0}, "cmli_backend": "triton"}})
-    assert engine.with_backend(config, DeepSpeedConfig.of(ZERO1), torch.device("cpu")) == config
+    assert engine.resolve_backend(config, DeepSpeedConfig.of(ZERO1), torch.device("cpu")) == config

@@ -12,7 +12,7 @@ from ds_cmli.evaluate import measures
 from ds_cmli.evaluate.embed import Embedded, Embedding
 from ds_cmli.evaluate.pointing_game import pointing_game, quarters
 from ds_cmli.evaluate.zero_shot import ClassPictures
-from ds_cmli.scores import both_ways
+from ds_cmli.scores import all_kinds
 from tests import make
 
 COSINES = torch.tensor([[0.5, 0.1]])
@@ -29,7 +29,7 @@ I2T, T2I = torch.tensor([[0.25, 0.75]]), torch.tensor([[0.5, 0.125]])
     ],
 )
 def test_each_direction_takes_its_own_cmli_and_only_what_was_trained(scales, i2t, t2i):
-    result = both_ways(COSINES, (I2T, T2I), scales)
+    result = all_kinds(COSINES, (I2T, T2I), scales)
     assert list(result) == ["global", "cmli", "combined"]
     torch.testing.assert_close(result["combined"].i2t, torch.tensor(i2t))
     torch.testing.assert_close(result["combined"].t2i, torch.tensor(t2i))

@@ -7,12 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_cmli.cmli.reference import pair_loss_reference
+from ds_cmli.cmli.reference import cmli_scores_reference, pair_loss_reference
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.losses.target_cmli import Features, TargetCMLI, WidthHead, match_patches
 from ds_cmli.models.student import Targets
 from tests import make
-from tests.cmli.cases import reference_scores
 
 CAPTIONS = ("two words", "two words", "a red square beside a blue circle", "one", "the sky is green here")
 LOSSES = ("global", "cmli", "target_cmli", "cls_kd", "global_sigmoid", "cmli_sigmoid")
@@ -48,7 +47,7 @@ class Pairs:
         self.teacher_cls = targets.cls.double()
         self.teacher = list(targets.patches.double())
         self.project = lambda f: F.normalize(student.projection(f.float()).double(), dim=-1)
-        self.cmli = reference_scores(self.project(patches), self.project(tokens), batch.token_mask)
+        self.cmli = cmli_scores_reference(self.project(patches), self.project(tokens), batch.token_mask)
         self.cosines = [F.normalize(self.image_cls, dim=-1) @ F.normalize(self.text_cls, dim=-1).t()] * 2
 
     def target_cmli(self) -> float:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 
+from ds_cmli.cmli.reference import cmli_scores_reference
 from ds_cmli.losses.target_cmli import match_patches
 from ds_cmli.memory_model import gpus
 from profiling.compare_estimates import command
@@ -26,7 +27,6 @@ from profiling.memory.implementations import (
     run,
 )
 from profiling.speed.op import cpu_sizes, materialised_scores
-from tests.cmli.cases import reference_scores
 from tests.null_gpu.build import run as run_stand_in
 from tests.ranks import ROOT, python
 
@@ -57,7 +57,7 @@ def test_scores_and_gradients_are_the_reference_s(scores):
     image, text = (torch.randn(*shape, 8).double().requires_grad_() for shape in ((3, 6), (5, 4)))
     mask, upstream = torch.arange(4) < torch.tensor([4, 1, 3, 2, 4])[:, None], [torch.randn(3, 5).double()] * 2
     results = []
-    for function in (scores, reference_scores):
+    for function in (scores, cmli_scores_reference):
         out = function(image, text, mask)
         results.append([*out, *torch.autograd.grad(out, (image, text), upstream)])
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
