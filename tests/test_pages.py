@@ -183,6 +183,32 @@ def test_presets_of_the_page_have_the_codes_sizes():
             assert layers == str(config.student.layers or 6), name
 
 
+def test_modules_of_the_package_are_in_the_table_of_contributors():
+    table = re.search(r"(?ms)^\| folder.*?\n\n", (ROOT / "CONTRIBUTING.md").read_text("utf-8"))
+    assert table
+    for path in (ROOT / "ds_cmli").iterdir():
+        name = f"{path.name}/" if path.is_dir() else path.name
+        if not name.startswith("__") and path.suffix in ("", ".py"):
+            assert re.search(rf"[`/]{re.escape(name)}`", table[0]), f"CONTRIBUTING.md does not say what {name} holds"
+
+
+def test_numbers_of_the_preset_finetune_are_the_codes():
+    from ds_cmli.config.presets import PRESETS
+
+    (rows,) = [rows for header, rows in tables(ROOT / "docs" / "finetune.md") if header[0] == "number"]
+    stated = {match[1]: value for name, value, _ in rows if (match := re.match(r"`optim\.(\w+)`", name))}
+    optim = PRESETS["finetune"]["optim"]
+    assert stated == {name: str(value) for name, value in optim.items() if value is not None}
+
+
+def test_settings_that_may_change_are_those_of_the_code():
+    from ds_cmli.config.comparison import FREE_DATA
+
+    text = " ".join((ROOT / "docs" / "checkpoints.md").read_text("utf-8").split())
+    sentence = re.search(r"all settings of `data` but ([^.]*(?:\.\w[^.]*)*)\. ", text)
+    assert sentence and set(re.findall(r"`data\.(\w+)`", sentence[1])) == FREE_DATA
+
+
 def test_packages_of_the_demos_assets():
     from ds_cmli.data import assets
 
