@@ -188,9 +188,8 @@ class Run:
             heartbeat=self.poll,
             worker_init=preemption.shield,
         )
-        first_results: dict[
-            str, tuple[str, Metrics]
-        ] = {}  # the first name and metrics of each task
+        # The name and the metrics of the first split of each task.
+        first_results: dict[str, tuple[str, Metrics]] = {}
         for split, pairs in self.data.evals.items():
             name = split + suffix
             metrics, embedded = evaluate_split(model, pairs)  # collectives

@@ -86,7 +86,7 @@ class PairLoss(nn.Module):
         self.temperature = Temperature(init_temperature, init_bias, max_scale)
         self.backend = backend
         self.scratch_bytes = scratch_bytes
-        # Of the last call: other pairs' texts that are not negatives, counted per image.
+        # Other pairs' texts that were not negatives in the last call, counted per image.
         self.num_duplicates = nn.Buffer(torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(

@@ -163,8 +163,7 @@ def _save_for_backward(ctx, inputs, output):
     ctx.save_for_backward(image, text, token_mask, patch_mask, token_argmax, patch_argmax)
     ctx.backend = backend
     ctx.mark_non_differentiable(token_argmax, patch_argmax)
-    # Zeros for the indices' gradients would take as much memory as the indices.
-    ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(False)  # zeros for the indices would take as much memory as these
 
 
 def _scores_backward(ctx, d_i2t, d_t2i, _d_token_argmax, _d_patch_argmax):

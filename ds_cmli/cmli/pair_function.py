@@ -47,7 +47,7 @@ class PairBatch(NamedTuple):
 class BlockScores(NamedTuple):
     i2t: Tensor  # [b, G]
     t2i: Tensor  # [b, G]
-    # What CMLI's gradient needs; None for vectors, and empty if the argmax indices are not kept.
+    # CMLI's gradient needs these: None for vectors, and empty unless they are kept.
     token_argmax: Tensor | None = None  # [b, G, N], the best token of each patch
     patch_argmax: Tensor | None = None  # [b, G, M], the best patch of each token
 
