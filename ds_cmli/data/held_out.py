@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -95,8 +96,8 @@ class AllBut(Sequence[int]):
     def __len__(self) -> int:
         return self.length - len(self.left_out)
 
-    def __getitem__(self, index: int) -> int:  # type: ignore[override]  # no slices
-        return int(index) + int(np.searchsorted(self.num_before, index, side="right"))
+    def __getitem__(self, index: Any) -> Any:  # an int or an array of them, no slice
+        return index + np.searchsorted(self.num_before, index, side="right")
 
 
 def evaluation_data(config: DataConfig, name: str) -> DataConfig:

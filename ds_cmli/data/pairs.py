@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -28,13 +28,13 @@ from ds_cmli.data.tokens import CaptionTokenizer, Tokens
 from ds_cmli.distributed.process_group import CollectiveFlags
 from ds_cmli.errors import UserError, one_line
 
-MOST_TRIES = 100  # training stops after this many consecutive samples that cannot be used
+MAX_TRIES = 100  # training stops after this many consecutive samples that cannot be used
 NUM_NAMED_BAD = 5  # bad samples that messages name
 NO_TOKEN = "caption without a token"
 Bad = tuple[str, str]  # an image's name, and why it cannot be used
 # Padded captions are a multiple of this long: few different shapes, aligned for matrix products.
 PAD_MULTIPLE = 8
-Share = tuple[Source, Sequence[int] | np.ndarray]  # and the indices of some of its images
+Share = tuple[Source, Sequence[int] | np.ndarray]  # a source, and the indices of some of its images
 
 
 def hashed(*content: object) -> int:
@@ -72,8 +72,8 @@ class Batch:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """Return a batch of the tensors that a function returns of this one's."""
-        fields = vars(self).items()
-        changes: dict[str, Any] = {name: function(x) for name, x in fields if isinstance(x, Tensor)}
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        changes: dict[str, Any] = {name: function(x) for name, x in tensors.items()}
         return replace(self, **changes)
 
 
@@ -125,33 +125,34 @@ class Images:
     def source_number(self, index: int) -> int:
         return bisect_right(self.starts, index) - 1
 
-    def at(self, index: int) -> tuple[Source, int]:
+    def locate(self, index: int) -> tuple[Source, int]:
         """Return an image's source, and its index there."""
         number = self.source_number(index)
         source, indices = self.sources[number]
         return source, int(indices[index - self.starts[number]])
 
     def name(self, index: int) -> str:
-        source, place = self.at(index)
+        source, source_index = self.locate(index)
         prefix = f"{self.names[self.source_number(index)]}: " if len(self.names) > 1 else ""
-        return prefix + source.name(place)
+        return prefix + source.name(source_index)
 
-    def prefetch(self, indices: Sequence[int] | np.ndarray) -> None:
-        """Announce images that are read soon to those sources that fetch them."""
-        for number, (source, share) in enumerate(self.sources):
+    def prefetch(self, indices: np.ndarray) -> None:
+        """Announce images [n] that are read soon to those sources that fetch them."""
+        for (source, share), (first, end) in zip(self.sources, pairwise(self.starts), strict=True):
             if hasattr(source, "prefetch"):
-                first, end = self.starts[number : number + 2]
-                places = [int(share[index - first]) for index in indices if first <= index < end]
-                source.prefetch(places)
+                announced = indices[(indices >= first) & (indices < end)] - first
+                if not isinstance(share, range):
+                    announced = share[announced]  # type: ignore[call-overload]  # AllBut takes it
+                source.prefetch(announced)
 
     def captions(self, index: int, only_column: str = "") -> list[tuple[str, str]]:
         """Return an image's captions that are not blank, each after its column, "" if it has none.
 
         Raises ValueError if there are none. Captions without a column are in each `only_column`.
         """
-        source, place = self.at(index)
+        source, source_index = self.locate(index)
         captions: list[tuple[str, str]] = []
-        for caption in source.captions(place):
+        for caption in source.captions(source_index):
             column, text = caption if isinstance(caption, tuple) else ("", caption)
             is_wanted = not only_column or column in ("", only_column)
             if is_wanted and text and text.strip():
@@ -164,8 +165,9 @@ class Images:
 class TrainPairs(Dataset):
     """A map-style data set of images, each with one caption and one view, by a hash for each turn.
 
-    A sample whose image or caption cannot be used is replaced by the next usable one of its source,
-    which is always the same; `Sample.bad` records that. `MOST_TRIES` of them are a `UserError`.
+    A sample whose image or caption cannot be used is replaced by the next usable one of its source.
+    So every run replaces it by the same one. `Sample.bad` names it and says why it cannot be used.
+    Raises `UserError` after `MAX_TRIES` samples in a row that cannot be used.
     """
 
     def __init__(self, images: Images, tokenizer: CaptionTokenizer, config: DataConfig, seed: int):
@@ -178,14 +180,14 @@ class TrainPairs(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, at: int | Draw) -> Sample:
-        index, turn = at if isinstance(at, Draw) else Draw(at)
+    def __getitem__(self, draw: int | Draw) -> Sample:
+        index, turn = draw if isinstance(draw, Draw) else Draw(draw)
         number = self.images.source_number(index)
         first, end = self.images.starts[number : number + 2]
         bad: list[Bad] = []
-        tries = min(MOST_TRIES, end - first)
+        max_tries = min(MAX_TRIES, end - first)
         offset = 0
-        while len(bad) < tries:
+        while len(bad) < max_tries:
             stand_in = first + (index - first + offset) % (end - first)
             try:
                 sample = self._pair(stand_in, turn)
@@ -193,23 +195,24 @@ class TrainPairs(Dataset):
             except UserError:
                 raise
             except Exception as error:  # decoders raise nearly any exception for damaged files
-                bad.append((self.images.name(stand_in), described(error)))
-                # A lost shard is passed over whole.
+                bad.append((self.images.name(stand_in), reason_of(error)))
+                # Samples of a lost shard are replaced by different ones of the next shard.
                 offset += error.num_samples if isinstance(error, LostShard) else 1
         name, reason = bad[0]
-        problem = f"{tries} samples in a row cannot be used, from {name} ({reason}) on"
+        problem = f"{max_tries} samples in a row cannot be used, from {name} ({reason}) on"
         raise UserError(f"{problem}: mend or remove them")
 
     def _pair(self, index: int, turn: int) -> Sample:
         tokens = self.tokenizer(self._caption(index, turn))
         if not any(tokens.valid):
             raise ValueError(NO_TOKEN)
-        source, place = self.images.at(index)
-        image = self.view(source.image(place), turn, index)
+        source, source_index = self.images.locate(index)
+        image = self.view(source.image(source_index), turn, index)
         return Sample(image, tokens, index, hashed("image", index))
 
     def _caption(self, index: int, turn: int) -> str:
         captions = self.images.captions(index)
+        # As unsigned: the remainder below stays what it was in the runs that resume.
         number = hashed(self.seed, turn, index) % 2**64
         if not self.caption_weights:
             _, text = captions[number % len(captions)]
@@ -229,7 +232,7 @@ class EvalPairs:
         self.bad = list[Bad]()  # images whose captions cannot be read, and which are left out
         self.rows: list[tuple[int, str]] = []  # image and text of each caption
         only_column = config.caption_key if config.caption_weights else ""
-        images.prefetch(range(len(images)))
+        images.prefetch(np.arange(len(images)))
         for index in range(len(images)):
             try:
                 captions = images.captions(index, only_column)
@@ -237,7 +240,7 @@ class EvalPairs:
             except UserError:
                 raise
             except Exception as error:
-                self.bad.append((images.name(index), described(error)))
+                self.bad.append((images.name(index), reason_of(error)))
         if not self.rows:
             names = ", ".join(images.names)
             raise UserError(f"{names} has no captions to evaluate on (data.caption_key, --data)")
@@ -247,14 +250,14 @@ class EvalPairs:
 
     def image(self, row: int) -> Tensor:
         """uint8 [3, S, S]; any exception says why it cannot be used."""
-        source, place = self.images.at(self.rows[row][0])
-        return self.view(source.image(place))
+        source, source_index = self.images.locate(self.rows[row][0])
+        return self.view(source.image(source_index))
 
     def name(self, row: int) -> str:
         return self.images.name(self.rows[row][0])
 
 
-def described(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Return the reason why an image or its captions cannot be used, without the file's path."""
     if isinstance(error, OSError) and error.strerror:
         return "no such file" if isinstance(error, FileNotFoundError) else error.strerror
@@ -272,8 +275,8 @@ class BadSamples:
 
     def add(self, bad: list[Bad]) -> None:
         self.count += len(bad)
-        new = [one for one in bad if one not in self.first]
-        self.first += new[: NUM_NAMED_BAD - len(self.first)]
+        unseen = [sample for sample in bad if sample not in self.first]
+        self.first += unseen[: NUM_NAMED_BAD - len(self.first)]
 
     def are_too_many(self, count: int, seen: int) -> bool:
         return count > self.max_share * max(seen, self.length)
@@ -286,7 +289,7 @@ class BadSamples:
         gathered = flags.gather((self.count, self.first))  # collective
         count = sum(rank_count for rank_count, _ in gathered)
         first = dict.fromkeys(chain.from_iterable(rank_first for _, rank_first in gathered))
-        named = ", ".join(told(list(first)))
+        named = ", ".join(bad_texts(list(first)))
         if seen and self.are_too_many(count, seen):
             limit = f"more than data.max_bad_share = {self.max_share}: mend them, or raise it"
             problem = f"{count} samples of {self.length} cannot be used"
@@ -294,7 +297,7 @@ class BadSamples:
         return [f"{count} bad samples were replaced; the first: {named}"] if count else []
 
 
-def told(bad: list[Bad]) -> list[str]:
+def bad_texts(bad: list[Bad]) -> list[str]:
     """Return the first few bad samples as text: ["2.png (no such file)", ...]."""
     return [f"{name} ({reason})" for name, reason in bad[:NUM_NAMED_BAD]]
 

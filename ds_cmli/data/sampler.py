@@ -41,9 +41,10 @@ class GlobalBatchSampler:
         self.epoch = 0
         self.position = 0
         self.global_batch = micro_batch * world_size
-        self.offsets = rank * micro_batch + np.arange(micro_batch)
         if self.order.window:
             self.offsets = rank + np.arange(micro_batch) * world_size
+        else:
+            self.offsets = rank * micro_batch + np.arange(micro_batch)
         self.batches_per_epoch = self.length // self.global_batch
         if not self.batches_per_epoch:
             batch = f"{self.global_batch} = {micro_batch} (micro-batch) x {world_size} (ranks)"
@@ -53,16 +54,16 @@ class GlobalBatchSampler:
     def __iter__(self) -> Iterator[list[Draw]]:
         epoch = self.epoch
         start = self.position
-        batch_starts = np.arange(start, start + self.order.ahead, self.global_batch)
+        batch_starts = np.arange(start, start + self.order.num_ahead, self.global_batch)
         self.order.announce((batch_starts[:, None] + self.offsets).ravel(), self.seed, epoch)
         while True:
             if start + self.global_batch > self.length:
                 epoch += 1
                 start = 0
             positions = start + self.offsets
-            announced = np.concatenate([positions, positions + self.order.ahead])
+            announced = np.concatenate([positions, positions + self.order.num_ahead])
             self.order.announce(announced, self.seed, epoch)
-            samples = self.order.at(positions, self.seed, epoch)
+            samples = self.order.samples(positions, self.seed, epoch)
             yield list(map(Draw, samples.indices.tolist(), samples.turns.tolist()))
             start += self.global_batch
 
@@ -80,7 +81,7 @@ class GlobalBatchSampler:
         return {name: getattr(self, name) for name in names} | {"window": self.order.window}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from `state`, of another number of ranks or another micro-batch size too."""
+        """Continue from `state`, which may be of other ranks and of another micro-batch size."""
         window = state.get("window", 0)
         if window != self.order.window:
             saved = f"the run to resume has shuffled {window or 'all'} shards together"

@@ -18,7 +18,16 @@ from ds_cmli.config.registry import score_scales
 from ds_cmli.config.schema import Config, load_config
 from ds_cmli.config.source import RUN, ModelSource, evaluation_config
 from ds_cmli.data.images import View, black
-from ds_cmli.data.pairs import NO_TOKEN, Bad, Collate, EvalPairs, Sample, described, loader, told
+from ds_cmli.data.pairs import (
+    NO_TOKEN,
+    Bad,
+    Collate,
+    EvalPairs,
+    Sample,
+    bad_texts,
+    loader,
+    reason_of,
+)
 from ds_cmli.data.scenes import Scenes
 from ds_cmli.data.tokens import CaptionTokenizer, tokenizer_of
 from ds_cmli.distributed import process_group as distributed
@@ -110,7 +119,7 @@ class Evaluator:
                 except UserError:
                     raise
                 except Exception as error:  # decoders raise nearly any for damaged files
-                    reasons[number] = described(error)
+                    reasons[number] = reason_of(error)
             return torch.stack([images[number] for number in batch]), batch, reasons
 
         workers = min(self.workers, -(-len(numbers) // self.batch_size))
@@ -253,5 +262,5 @@ def embed(model: Evaluator, pairs: HeldOut) -> Embedded:
 def left_out(count: int, lost: list[Bad], num_used: int) -> Metrics:
     """Return how many cannot be used, and the names of some. Raises `UserError` if none can."""
     if not num_used:
-        raise UserError("no picture can be used, for instance " + ", ".join(told(lost)))
-    return {"left_out": count, "left_out_first": told(lost)} if lost else {}
+        raise UserError("no picture can be used, for instance " + ", ".join(bad_texts(lost)))
+    return {"left_out": count, "left_out_first": bad_texts(lost)} if lost else {}

@@ -119,7 +119,7 @@ def shuffle(shards: int) -> None:
 
 def of_order(order: Order, count: int = 400_000) -> np.ndarray:
     """Return the shard of each of the first positions, int64 [count]."""
-    return order.at(np.arange(count), 0, 0).indices // (SHARD - 1000)
+    return order.samples(np.arange(count), 0, 0).indices // (SHARD - 1000)
 
 
 def of_buffer(num_shards: int, count: int = 400_000) -> np.ndarray:

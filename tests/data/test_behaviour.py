@@ -44,7 +44,7 @@ def test_a_state_of_other_data_or_another_seed_is_refused():
 
 def test_a_mixture_takes_its_shares_and_every_sample_before_one_again():
     mixture = FullOrder([30, 10], [1.0, 3.0])  # of 40 draws 10 and 30
-    epochs = [mixture.at(np.arange(40), 0, epoch) for epoch in range(3)]
+    epochs = [mixture.samples(np.arange(40), 0, epoch) for epoch in range(3)]
     for indices, _ in epochs:
         assert (indices < 30).sum() == 10 and len(indices) == 40
         assert 0 < (indices[:20] < 30).sum() < 10  # mixed, not one source after the other

@@ -32,7 +32,7 @@ def test_held_out_images_are_in_no_order_and_all_others_in_each():
     images = Images({"bucket": (source, AllBut(len(source), held_out))})
     order, line = order_of(images, None, 2)
     assert line == "order: the samples of 2 of 5 shards at a time are shuffled together (data.shuffle_window)"
-    indices = [images.at(int(index)) for index in order.at(np.arange(88), 0, 0).indices]
+    indices = [images.locate(int(index)) for index in order.samples(np.arange(88), 0, 0).indices]
     assert sorted({place for _, place in indices} | set(held_out.tolist())) == list(range(100))
     shards = np.searchsorted(np.cumsum(shard_sizes(source)), [place for _, place in indices], side="right")
     assert max(len(set(shards[start : start + 2])) for start in range(0, 88, 2)) <= 2

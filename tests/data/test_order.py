@@ -23,7 +23,7 @@ SIZES = {
 
 
 def whole_epoch(order, epoch: int = 0):
-    return order.at(np.arange(order.length), 3, epoch)
+    return order.samples(np.arange(order.length), 3, epoch)
 
 
 @pytest.mark.parametrize(("sizes", "window"), SIZES.values(), ids=SIZES)
@@ -36,20 +36,20 @@ def test_an_epoch_has_each_sample_once_and_is_read_from_any_place(sizes, window)
     chance = random.Random(0)
     for _ in range(5):
         positions = np.array(chance.sample(range(len(orders[1].indices)), 3))
-        assert (WindowedOrder(sizes, window).at(positions, 3, 1).indices == orders[1].indices[positions]).all()
+        assert (WindowedOrder(sizes, window).samples(positions, 3, 1).indices == orders[1].indices[positions]).all()
 
 
 def test_places_worked_out_by_hand():
     lanes = ShardLanes(np.array([2, 3, 1]), num_lanes=2)  # 6 places: lane 0 has the first three, lane 1 the others
     lanes.shard_order = lambda key: (np.array([1, 2, 0]), np.array([3, 4, 6]))  # the line 1 1 1 2 0 0
-    shards, draws = lanes.places(np.arange(6), "key")
+    shards, draws = lanes.find_shards(np.arange(6), "key")
     assert shards.tolist() == [1, 2, 1, 0, 1, 0]
     assert draws.tolist() == [0, 0, 1, 0, 2, 1]
 
 
 def test_a_rank_reads_its_lanes_alone():
     order = WindowedOrder([np.full(40, 25)], 8)
-    starts = order.lines[0].starts
+    starts = order.lanes[0].starts
     for ranks in (1, 2, 4, 8):
         batches = islice(GlobalBatchSampler(order, 32 // ranks, 1 % ranks, ranks, 0), 3)
         samples = [draw.sample for batch in batches for draw in batch]
@@ -115,7 +115,7 @@ def test_a_windowed_mixture_takes_its_shares_and_every_sample_before_one_again(w
 
 def test_each_batch_of_a_windowed_mixture_has_all_sources_by_their_shares():
     order = WindowedOrder([np.full(100, 50), np.full(100, 50)], 16, [0.7, 0.3])
-    shares = [(order.at(start + np.arange(64), 0, 0).indices < 5000).mean() for start in range(0, 9900, 64)]
+    shares = [(order.samples(start + np.arange(64), 0, 0).indices < 5000).mean() for start in range(0, 9900, 64)]
     assert min(shares) > 0.4 and max(shares) < 0.95 and np.mean(shares) == pytest.approx(0.7, abs=0.01)
 
 
@@ -123,13 +123,16 @@ def test_each_batch_of_a_windowed_mixture_has_all_sources_by_their_shares():
 def test_a_shard_is_announced_before_it_is_read_also_over_the_end_of_an_epoch(weights):
     announced = []
     sizes = [np.full(20, 40), np.full(10, 60)]
-    order = WindowedOrder(sizes, 4, weights, lambda samples: announced.append(set(samples)))
-    starts = np.cumsum([0, *np.concatenate(sizes)])
+    ends = np.cumsum(np.concatenate(sizes))
+
+    def shards_of(samples) -> set[int]:
+        return set(np.searchsorted(ends, samples, side="right").tolist())
+
+    order = WindowedOrder(sizes, 4, weights, lambda samples: announced.append(shards_of(samples)))
     batches = iter(GlobalBatchSampler(order, 8, 0, 1, 0))
     read = []
     for _ in range(2 * order.length // 8 - 10):
-        samples = [draw.sample for draw in next(batches)]
-        read.append({int(starts[np.searchsorted(starts, sample, side="right") - 1]) for sample in samples})
+        read.append(shards_of([draw.sample for draw in next(batches)]))
     for number, shards in enumerate(read):
         assert shards <= set().union(*announced[: number + 1])  # before its batch
         assert shards <= announced[number + 1]  # and with it: what was announced longest ago may be dropped
@@ -152,8 +155,8 @@ def test_a_billion_samples_take_little_memory_and_no_time(weights, num_bytes):
 
 def test_the_full_order_holds_four_bytes_a_sample():
     order = FullOrder([1_000_000])
-    order.at(np.arange(10), 0, 0)
-    samples = order.begun(0, 0).result()
+    order.samples(np.arange(10), 0, 0)
+    samples = order.epoch_future(0, 0).result()
     assert samples.indices.nbytes == 4_000_000
     assert samples.turns.strides == (0,)
 

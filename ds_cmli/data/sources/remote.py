@@ -77,9 +77,9 @@ class CopiedTars(Shards):
         self.cache = ShardCache(int(config.cache_gb * GB))
         start_fetching(self.cache.max_bytes)
 
-    def prefetch(self, indices: Iterable[int]) -> None:
+    def prefetch(self, indices: np.ndarray) -> None:
         """Have the shards of some samples fetched, which are read soon."""
-        numbers = np.searchsorted(self.starts, list(indices), side="right") - 1
+        numbers = np.searchsorted(self.starts, indices, side="right") - 1
         # In their order, without repeats.
         self.cache.want(self.shards[shard] for shard in dict.fromkeys(numbers.tolist()))
 
@@ -116,7 +116,7 @@ def check_cache(sources: list[Source], order: Order, cache_gb: float) -> None:
         # Ranks whose numbers are equal modulo this read the same lanes.
         num_groups = math.gcd(order.window, int(os.environ.get("WORLD_SIZE", "1")))
         num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        num_lanes = order.window // num_groups * min(num_ranks, num_groups) * len(order.lines)
+        num_lanes = order.window // num_groups * min(num_ranks, num_groups) * len(order.lanes)
         sizes = sizes[: num_lanes + 1]
     needed_gb = sum(sizes) / GB
     if needed_gb > cache_gb:
