@@ -1,35 +1,33 @@
 """Mistakes made by chance, and whether a quick test fails by each: `python tests/mutations.py --random 150 --seed 1`.
 
 A mutant changes one place in the syntax tree of the package. Lines are drawn with equal chances, so that a room gets
-its share by its lines. One run of the quick tests with coverage says which tests execute which line; a mutant meets the
-tests of its line, the quickest first, in a copy of the repository. The result of that run is kept beside --coverage.
+its share by its lines. One run of the quick tests with coverage says which files of tests execute which line. A mutant
+meets the files of its line in a copy of the repository. The result of the run with coverage is kept in --coverage.
 """
 
 import ast
 import copy
-import importlib
 import json
-import multiprocessing
 import os
 import random
-import re
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
+from coverage import CoverageData
 
 from tests import mutations
 
 ROOT = mutations.ROOT
-MAX_TESTS = 80  # of a line that hundreds of tests execute: the quickest ones
-MAX_WHOLE_FILES = 2  # whose other tests are run too
+MAX_FILES = 8  # of a line that dozens of files execute
 MIN_SECONDS = 90  # of a mutant's tests; more if they take long without the mistake
 COMPARISONS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -132,12 +130,12 @@ def statement_changes(node: ast.stmt) -> Iterator[tuple[str, ast.AST, str]]:
 def mutants_of(path: Path) -> list[RandomMutant]:
     """Return each mistake that can be made in a file, outside of annotations and docstrings."""
     text = path.read_text("utf-8")
-    found: list[RandomMutant] = []
+    mutants: list[RandomMutant] = []
 
     def add(kind: str, node: Any, new: str) -> None:
         old = ast.get_source_segment(text, node) or ""
         place = node.lineno, node.end_lineno, node.col_offset, node.end_col_offset
-        found.append(RandomMutant(str(path.relative_to(ROOT)), *place, kind, old, new))
+        mutants.append(RandomMutant(str(path.relative_to(ROOT)), *place, kind, old, new))
 
     def visit(node: ast.AST) -> None:
         if isinstance(node, ast.FunctionDef):
@@ -161,7 +159,7 @@ def mutants_of(path: Path) -> list[RandomMutant]:
             visit(child)
 
     visit(ast.parse(text))
-    return found
+    return mutants
 
 
 def draw(count: int, seed: int, room: str) -> list[RandomMutant]:
@@ -176,220 +174,86 @@ def draw(count: int, seed: int, room: str) -> list[RandomMutant]:
     return [chance.choice(by_line[line]) for line in lines]
 
 
-# ----- which tests execute which line
-
-PROCESS_STARTS_COVERAGE = "import coverage\ncoverage.process_startup()\n"  # sitecustomize.py of the copy
 SETTINGS = """[run]
 source = {folder}/ds_cmli
-data_file = {data}
+data_file = {folder}/.coverage
 parallel = true
 concurrency = multiprocessing,thread
-patch = _exit
+patch = subprocess,_exit
 sigterm = true
-context = ${{PYTEST_CURRENT_TEST-}}
 """
 
 
-class Contexts:
-    """A plugin of pytest that names the test whose lines are being recorded, in this process and in those of ranks."""
-
-    def __init__(self, settings: Path, file: str):
-        from coverage import Coverage
-
-        from tests import ranks
-
-        self.coverage = Coverage(config_file=str(settings), context=file)
-        self.durations: dict[str, float] = {}
-        self.failed: list[str] = []
-        os.environ["COVERAGE_PROCESS_START"] = str(settings)
-        ranks._rank = rank_in_context
-
-    def pytest_sessionstart(self):
-        self.coverage.start()
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self, item):
-        self.coverage.switch_context(item.nodeid)
-        return (yield)
-
-    def pytest_runtest_logreport(self, report):
-        self.durations[report.nodeid] = self.durations.get(report.nodeid, 0) + report.duration
-        if report.failed:
-            self.failed.append(report.nodeid)
-
-    def pytest_sessionfinish(self):
-        self.coverage.stop()
-        self.coverage.save()
-
-
-def rank_in_context(env: dict[str, str], *arguments: Any) -> Any:
-    """What `tests.ranks` runs in a rank's process, recorded for the test that has asked for it."""
-    from coverage import Coverage
-
-    from tests import ranks
-
-    os.environ["PYTEST_CURRENT_TEST"] = env["PYTEST_CURRENT_TEST"]
-    recording = Coverage(config_file=env["COVERAGE_PROCESS_START"])
-    recording.start()
-    try:
-        return ranks._rank(env, *arguments)
-    finally:
-        recording.stop()
-        recording.save()
-
-
-def record(folder: Path, data: Path, file: str) -> None:
-    """Run the quick tests of a file in this process, in the copy `folder`; write what they execute beside `data`."""
-    enter(folder, data.with_suffix(".log"))
-    settings = folder / "coverage.ini"
-    (folder / "sitecustomize.py").write_text(PROCESS_STARTS_COVERAGE)
-    settings.write_text(SETTINGS.format(folder=folder, data=data))
-    plugin = Contexts(settings, file)
-    pytest.main(["-q", "--tb=line", "-p", "no:cacheprovider", file], plugins=[plugin])
-    summary = {"durations": plugin.durations, "failed": plugin.failed}
-    Path(f"{data}.{file.replace('/', '.')}.json").write_text(json.dumps(summary))
-    os._exit(0)
-
-
 class Executed(NamedTuple):
-    tests: dict[str, dict[int, list[str]]]  # file of the package -> line -> tests
-    durations: dict[str, float]
+    tests: dict[str, dict[str, list[str]]]  # file of the package -> line -> files of tests
+    seconds: dict[str, float]  # of the quick tests of a file
+
+
+def record(folder: Path, file: str) -> float:
+    """Run the quick tests of a file in the copy `folder` with coverage, and return how many seconds they take."""
+    start = time.monotonic()
+    options = ["--rcfile", str(folder / "coverage.ini"), "--context", file]
+    command = [sys.executable, "-m", "coverage", "run", *options, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    env = os.environ | {"PYTHONPATH": str(folder)}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=1800)
+    if done.returncode not in (0, 5):  # 5: each test of the file is slow
+        print(f"without a mistake, with coverage, {file} fails: {done.stdout[-1000:]}")
+    return time.monotonic() - start
 
 
 def executed(kept: Path, jobs: int) -> Executed:
-    """Return which tests execute which lines, from the file `kept` if it is there; else it is made."""
+    """Return which files of tests execute which lines, from the file `kept` if it is there; else it is made."""
     if not kept.exists():
-        from coverage import CoverageData
-
-        with tempfile.TemporaryDirectory() as name:
-            folder, data = Path(name, "copy"), Path(name, "data")
+        tests: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+        with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(jobs) as threads:
+            folder = Path(name)
             mutations.copy_of_repository(folder)
+            (folder / "coverage.ini").write_text(SETTINGS.format(folder=folder))
             files = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").rglob("test_*.py"))]
-            in_processes([(record, (folder, data, file)) for file in files], jobs, seconds=1800)
-            tests: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
-            durations: dict[str, float] = {}
-            for path in Path(name).glob("data.*"):
-                if path.suffix == ".json":
-                    summary = json.loads(path.read_text())
-                    durations |= summary["durations"]
-                    for test in summary["failed"]:
-                        print(f"without a mistake, with coverage, {test} fails")
-                elif path.suffix != ".log":
-                    recorded = CoverageData(str(path))
-                    recorded.read()
-                    for file in recorded.measured_files():
-                        for line, contexts in recorded.contexts_by_lineno(file).items():
-                            # "FILE|TEST", a rank's "TEST (call)", or "FILE" for what is executed at an import
-                            names = {re.sub(r"^.*\||( \(\w+\))$", "", context) for context in contexts}
-                            tests[str(Path(file).relative_to(folder))][line] |= names - {""}
+            seconds = dict(zip(files, threads.map(partial(record, folder), files), strict=True))
+            for path in folder.glob(".coverage.*"):
+                recorded = CoverageData(str(path))
+                recorded.read()
+                for file in recorded.measured_files():
+                    for line, contexts in recorded.contexts_by_lineno(file).items():
+                        tests[str(Path(file).relative_to(folder))][line] |= set(contexts)
         as_lists = {file: {line: sorted(names) for line, names in lines.items()} for file, lines in tests.items()}
-        kept.write_text(json.dumps({"tests": as_lists, "durations": durations}))
-    stored = json.loads(kept.read_text())
-    by_line = {file: {int(line): names for line, names in lines.items()} for file, lines in stored["tests"].items()}
-    return Executed(by_line, stored["durations"])
+        kept.write_text(json.dumps([as_lists, seconds]))
+    return Executed(*json.loads(kept.read_text()))
 
 
 def tests_of(mutant: RandomMutant, recorded: Executed) -> list[str]:
-    """Return the tests that execute the mutant's first line, those of its module, of its room and the quickest first.
-
-    The others of their files follow. A value that several tests look at may be computed once, in the first of them.
-    """
-    executing = set(recorded.tests.get(mutant.file, {}).get(mutant.line, []))
-    names = [name for name in recorded.durations if name in executing]
-    if not names:  # a line that is executed at an import
-        names = [name for name in recorded.durations if name.partition("::")[0] in executing]
+    """Return the files of tests that execute the mutant's first line: its module's, its room's, the quickest first."""
     room = "tests/" + mutant.file.removeprefix("ds_cmli/").partition("/")[0].removesuffix(".py")
-    of_module = f"{room}/test_{Path(mutant.file).stem}.py"
-    names.sort(key=lambda n: (not n.startswith(of_module), not n.startswith(room), recorded.durations[n]))
-    names = names[:MAX_TESTS]
-    files = list(dict.fromkeys(name.partition("::")[0] for name in names))[:MAX_WHOLE_FILES]
-    others = [name for name in recorded.durations if name.partition("::")[0] in files and name not in names]
-    return names + others
+    module = f"{room}/test_{Path(mutant.file).stem}.py"
+    files = recorded.tests.get(mutant.file, {}).get(str(mutant.line), [])
+    files = sorted(files, key=lambda file: (file != module, not file.startswith(room), recorded.seconds[file]))
+    return files[:MAX_FILES]
 
 
-# ----- processes
-
-
-def enter(folder: Path, log: Path) -> None:
-    """Make `folder` the repository that this process and its children import, and `log` their output."""
-    os.setsid()
-    os.chdir(folder)
-    for number in (1, 2):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    os.environ["PYTHONPATH"] = sys.path[0] = str(folder)
-    for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "ds_cmli") and name != __name__]:
-        del sys.modules[name]
-
-
-def in_processes(calls: list[tuple[Any, tuple]], jobs: int, seconds: float) -> None:
-    """Call each function in a fork of this process, `jobs` at a time; what takes longer than `seconds` is ended."""
-    waiting = list(calls)
-    running: list[tuple[Any, float]] = []
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            function, arguments = waiting.pop(0)
-            process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
-            process.start()
-            running.append((process, time.monotonic() + seconds))
-        for process, end in list(running):
-            if process.exitcode is not None or time.monotonic() > end:
-                end_group(process)
-                running.remove((process, end))
-        time.sleep(0.1)
-
-
-def end_group(process: Any) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.join()
-
-
-def run_tests(folder: Path, tests: list[str]) -> None:
-    enter(folder, folder / "printed")
-    os._exit(pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", *tests]))
-
-
-def outcome(mutant: RandomMutant, recorded: Executed) -> str:
+def outcome(recorded: Executed, mutant: RandomMutant) -> str:
     """Return "killed", "killed by time", "SURVIVED" or "no test"; "equivalent" without a run."""
-    if mutant.name in EQUIVALENT:
-        return "equivalent"
     tests = tests_of(mutant, recorded)
-    if not tests:
-        return "no test"
-    seconds = MIN_SECONDS + 4 * sum(recorded.durations[name] for name in tests)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name, "copy")
-        mutations.copy_of_repository(folder)
-        (folder / mutant.file).write_text(mutant.source())
-        process = multiprocessing.get_context("fork").Process(target=run_tests, args=(folder, tests))
-        process.start()
-        process.join(seconds)
-        late = process.exitcode is None
-        end_group(process)
-    if late:
+    if mutant.name in EQUIVALENT or not tests:
+        return "equivalent" if mutant.name in EQUIVALENT else "no test"
+    seconds = MIN_SECONDS + 4 * sum(recorded.seconds[file] for file in tests)
+    exit_code, _ = mutations.run_tests(mutant.file, mutant.source(), tests, seconds)
+    if exit_code == -signal.SIGKILL:
         return "killed by time"
-    return "SURVIVED" if process.exitcode == 0 else "killed"
-
-
-def run_and_print(mutant: RandomMutant, recorded: Executed, results: Any) -> None:
-    start = time.monotonic()
-    result = outcome(mutant, recorded)
-    results.put(result)
-    print(f"{result:14} {mutant.file}:{mutant.line} {mutant.name.partition(': ')[2]}  {time.monotonic() - start:.0f} s")
-    sys.stdout.flush()
+    return "SURVIVED" if exit_code == 0 else "killed"
 
 
 def main(count: int, seed: int, room: str, kept: Path, jobs: int) -> int:
     """Print the outcome of each mutant and their numbers. Return 1 if fewer than 90% of those not equivalent die."""
-    os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
-    for library in mutations.LIBRARIES:
-        importlib.import_module(library)
+    mutations.import_libraries()
     recorded = executed(kept, jobs)
-    results: Any = multiprocessing.get_context("fork").Queue()
     mutants = draw(count, seed, room)
-    in_processes([(run_and_print, (mutant, recorded, results)) for mutant in mutants], jobs, seconds=3600)
-    numbers = Counter(results.get() for _ in mutants)
-    killed = numbers["killed"] + numbers["killed by time"]
-    asked = len(mutants) - numbers["equivalent"]
-    print(f"{len(mutants)} mutants of seed {seed}: {dict(numbers)}; {killed / max(asked, 1):.0%} of {asked} killed")
+    outcomes: Counter[str] = Counter()
+    with ThreadPoolExecutor(jobs) as threads:
+        for mutant, result in zip(mutants, threads.map(partial(outcome, recorded), mutants), strict=True):
+            outcomes[result] += 1
+            print(f"{result:14} {mutant.file}:{mutant.line} {mutant.name.partition(': ')[2]}", flush=True)
+    killed = outcomes["killed"] + outcomes["killed by time"]
+    asked = len(mutants) - outcomes["equivalent"]
+    print(f"{len(mutants)} mutants of seed {seed}: {dict(outcomes)}; {killed / max(asked, 1):.0%} of {asked} killed")
     return int(killed < 0.9 * asked)
