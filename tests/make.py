@@ -4,10 +4,11 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import Config
 from ds_cmli.data.pairs import Batch
+from ds_cmli.errors import UserError
 from tests import ranks
 
 # One layer everywhere, and a data set of its own for each test: the smallest training there is.
@@ -24,6 +26,21 @@ SMALL = {"student": {"layers": 1, "shared_blocks": 1}, "teacher": {"block": 0}}
 VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 T5 = {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64, "d_kv": 16}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2}
+FEATURE_MAPS = {
+    "swin_tiny_patch4_window7_224": {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]},
+    "convnext_atto": {"depths": [1, 1, 1, 1], "dims": [16, 16, 16, 32]},
+    "resnet18": {"layers": [1, 1, 1, 1], "channels": [16, 16, 16, 32]},
+}
+
+
+def refused(call: Callable, *arguments: object, **options: object) -> str:
+    """Return the one line of the `UserError` that a call raises."""
+    with pytest.raises(UserError) as error:
+        call(*arguments, **options)
+    line = str(error.value)
+    assert "\n" not in line and len(line) < 1000, line
+    return line
 
 
 def picture(number: int, side: int = 40) -> Image.Image:
@@ -101,6 +118,11 @@ def json_file(path: Path, content: object) -> str:
     return str(path)
 
 
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Return the content of each file below a folder, and None for each folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
 def karpathy(path: Path, images: Iterable[tuple[str, str, Sequence[str]]]) -> str:
     """Karpathy's list of images: file, split, captions."""
     content = []
@@ -128,6 +150,12 @@ def data_of(chosen: Config):
     from ds_cmli.data.build import build_data
 
     return build_data(chosen.data, chosen.run.seed)
+
+
+def data(source: str | Path | list[str], seed: int = 0, **settings):
+    """Return the data of a source with the settings of the preset `tiny`, and others."""
+    source = str(source) if isinstance(source, Path) else source
+    return data_of(load_preset("tiny", {"data": {"source": source, **settings}, "run": {"seed": seed}}))
 
 
 def batches(data, size: int, number: int, rank: int = 0, world: int = 1) -> list[Batch]:
@@ -171,6 +199,17 @@ def gradients(trained, micro_batches: list[Batch]) -> tuple[dict[str, float], di
 
     with mock.patch.object(engine, "step", keep_gradients_and_update):
         return step(trained, micro_batches), gradient_by_name
+
+
+def relative_differences(gradient_by_name: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Return the norm of the difference of each two gradients, relative to the expected one.
+
+    Some gradients are zero but for rounding: a key's bias shifts all of its softmax alike. A gradient below 1e-6 of the
+    whole one is compared relative to that.
+    """
+    assert gradient_by_name.keys() == expected.keys()
+    smallest = 1e-6 * torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    return {n: ((gradient_by_name[n] - g).norm() / max(g.norm(), smallest)).item() for n, g in expected.items()}
 
 
 def train(*arguments: str, world: int = 1, stop_at: int | None = None) -> int:

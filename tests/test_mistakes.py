@@ -1,7 +1,7 @@
 """A mistake in an option, setting or file: exit code 2, one line on stderr that names it, nothing written.
 
-A row of a room's `mistakes.py` is a command line, in which {here} is a folder, what the line must name, and perhaps a
-function that prepares the folder.
+A row of `mistakes.py` is a command line, in which {here} is a folder, what the line must name, and perhaps a function
+that prepares the folder.
 """
 
 import importlib
@@ -16,9 +16,11 @@ from unittest import mock
 
 import pytest
 
+from ds_cmli import train
+from ds_cmli.commands import exit_code
 from tests import make, ranks
+from tests.mistakes import MISTAKES
 
-ROOMS = ("config", "data", "models", "checkpoint", "memory", "evaluate", "profiling")
 MODULES = {
     "train": "ds_cmli.train",
     "evaluate": "ds_cmli.evaluate.__main__",
@@ -27,10 +29,7 @@ MODULES = {
     "visualize": "ds_cmli.visualize",
     "estimates": "profiling.compare_estimates",
 }
-ROWS = []
-for room in ROOMS:
-    for number, row in enumerate(importlib.import_module(f"tests.{room}.mistakes").MISTAKES):
-        ROWS.append(pytest.param(*(*row, None)[:3], id=f"{room}-{number}"))
+ROWS = [pytest.param(*(*row, None)[:3], id=f"{row[0][:60]} {row[1][:40]}") for row in MISTAKES]
 
 
 def argv(line: str, folder: Path) -> tuple[str, list[str]]:
@@ -44,11 +43,6 @@ def argv(line: str, folder: Path) -> tuple[str, list[str]]:
     return command, words
 
 
-def contents(folder: Path) -> dict[Path, bytes | None]:
-    """Return the content of each file below a folder, and None for each folder."""
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
 def assert_one_line(code: int, errors: str, named: str) -> None:
     printed = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert code == 2, f"exit code {code}, not 2: {errors}"
@@ -60,17 +54,15 @@ def assert_one_line(code: int, errors: str, named: str) -> None:
 
 @pytest.mark.parametrize("line, named, prepare", ROWS)
 def test_a_mistake_is_one_line(line, named, prepare, tmp_path, capfd):
-    from ds_cmli.commands import exit_code
-
     if prepare is not None:
         prepare(tmp_path)
     name, words = argv(line, tmp_path)
-    contents_before = contents(tmp_path)
+    contents_before = make.contents(tmp_path)
     capfd.readouterr()
     with mock.patch.object(sys, "argv", [name, *words]), mock.patch.dict(os.environ, ranks.ALONE):
         code = exit_code(importlib.import_module(MODULES[name]).command)
     assert_one_line(code, capfd.readouterr().err, named)
-    assert contents(tmp_path) == contents_before, "a refused start has written or changed a file"
+    assert make.contents(tmp_path) == contents_before, "a refused start has written or changed a file"
 
 
 @pytest.mark.parametrize("command", ["train", "memory"])
@@ -84,13 +76,10 @@ def test_a_mistake_is_printed_before_slow_libraries_are_imported(command, tmp_pa
 
 def train_in_own_folder(rank: int, world: int, words: list[str], folders: list[str]) -> tuple[int, str]:
     """Return the exit code and stderr of a rank's training that starts in its folder."""
-    from ds_cmli.commands import exit_code
-    from ds_cmli.train import command
-
     os.chdir(folders[rank])
     words = [word.replace("{rank}", str(rank)) for word in words]
     with mock.patch.object(sys, "argv", ["train", *words]), redirect_stderr(io.StringIO()) as errors:
-        return exit_code(command), errors.getvalue()
+        return exit_code(train.command), errors.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -103,7 +92,9 @@ def test_a_mistake_of_one_rank_ends_all_ranks(options, named, tmp_path):
     for folder in folders:
         os.mkdir(folder)
     words = argv(f"train {options}", tmp_path)[1]
-    (code, errors), (second_code, second_errors) = ranks.run(train_in_own_folder, 2, words, folders, group=False)
+    first_rank, second_rank = ranks.run(train_in_own_folder, 2, words, folders, group=False)
+    code, errors = first_rank
+    second_code, second_errors = second_rank
     assert_one_line(code, errors, named)
     assert second_code == 2
     assert "Traceback" not in second_errors, second_errors

@@ -1,0 +1,175 @@
+"""What can be wrong in what users give: see tests/test_mistakes.py."""
+
+from pathlib import Path
+
+from tests import make
+
+JSON = "train --deepspeed_config {here}/ds.json"
+PAIRS = "train --data {here}/pairs"
+WEIGHTS = PAIRS + """ --set 'data.caption_weights={{"text": %s}}'"""
+RUN = "evaluate --checkpoint {here}/run"
+
+
+def ds_json(content: str | dict):
+    content = content if isinstance(content, str) else {"zero_optimization": {"stage": 1}} | content
+    return lambda here: make.json_file(here / "ds.json", content)
+
+
+def pairs(here: Path) -> None:
+    make.pairs(here / "pairs")
+
+
+def karpathy(here: Path) -> None:
+    make.karpathy(make.pictures(here, "a.png") / "splits.json", [("a.png", "train", ["a cat"])])
+
+
+def blank_validation(here: Path) -> None:
+    pairs(here)
+    make.pairs(here / "blank", 9, empty=range(9))
+
+
+def run(here: Path) -> None:
+    source = make.pairs(here / "pairs", 9)
+    make.write_run(here / "run", data={"source": source, "val_source": source})
+
+
+def classes(here: Path) -> None:
+    run(here)
+    make.pictures(here / "classes", "cat/1.png", "dog/1.png")
+    (here / "names.txt").write_text("one\n")
+    (here / "templates.txt").write_text("a photo\n")
+
+
+def empty_classes(here: Path) -> None:
+    run(here)
+    for name in ("cat", "dog"):
+        (here / "classes" / name).mkdir(parents=True)
+
+
+# A command line, what the one line of the error names, and perhaps what prepares the folder {here}.
+MISTAKES = [
+    # Options, settings and DeepSpeed's JSON.
+    ("train --preset dmeo", "run.preset is 'dmeo': did you mean 'demo'?"),
+    ("train --stpes 3", "--stpes"),
+    ("train --steps 3 --epochs 1", "optim.epochs is 1"),
+    ("train --lr -1", "optim.lr is -1.0: Input should be greater than 0"),
+    ("train --losses global,clmi", "did you mean 'cmli'?"),
+    ("train --losses cmli=big", "--losses is 'cmli=big': write NAME or NAME=WEIGHT"),
+    ("train --start-from ~nouser/x", "student.source is '~nouser/x'"),
+    (
+        "train --losses target_cmli --set loss.target_image_weight=0 --set loss.target_text_weight=0",
+        "loss.target_image_weight is 0",
+    ),
+    ("train --set student.layres=2", "setting of student is 'layres': did you mean 'layers'?"),
+    ("train --set layers=2", "--set is 'layers=2': write SECTION.SETTING=VALUE"),
+    (f"train --set data.source={'[' * 5000}", "data.source"),
+    ("train --set 'optim.lr_factors={{\"text\": 0.1'", "optim.lr_factors is '{\"text\": 0.1': Input should be a valid"),
+    ("train --set run.report_to=wadnb", "run.report_to"),
+    ("train --plugin nowhere.at_all", "nowhere"),
+    ("train --profile 30:31", "--profile"),
+    ("train --deepspeed_config {here}/ds.json", "ds.json"),
+    (JSON, "ds.json", ds_json('{"fp16": ')),
+    (JSON, "ds.json: ValueError: Duplicate keys", ds_json('{"zero_optimization": {"stage": 1, "stage": 2}}')),
+    (JSON, "ds.json", ds_json(f'{{"fp16": {"[" * 3000}')),
+    (JSON, "ds.json: ValueError: no JSON object", ds_json("[1]")),
+    (JSON, "'zero_optimization'", ds_json({"zero_optimisation": {"stage": 2}})),
+    (JSON, "hybrid_engine", ds_json({"hybrid_engine": {"enabled": True}, "pipeline": False})),
+    (JSON, "zero_allow_untested_optimizer", ds_json({"optimizer": {"type": "RAdam"}})),
+    *(
+        (JSON, "could not resume on other ranks", ds_json({"optimizer": {"type": kind}}))
+        for kind in ("SGD", "NAdam", "Adamax", "RMSprop", "ASGD", "Adafactor", "Adagrad")
+    ),
+    (JSON, "could not resume on other ranks", ds_json({"optimizer": {"type": "AdamW", "params": {"amsgrad": True}}})),
+    (f"train --preset {'x' * 5000}", "known: demo, "),
+    (f"train --steps {'x' * 5000}", "--steps"),
+    (f"train --data {'x' * 5000}", "data.source"),
+    (
+        JSON + " --set optim.layer_decay=0.5",
+        "scheduler.type is 'WarmupLR', which sets one rate",
+        ds_json({"scheduler": {"type": "WarmupLR", "params": {}}}),
+    ),
+    (JSON, "train_batch_size", ds_json({"train_batch_size": 9, "train_micro_batch_size_per_gpu": 2})),
+    # Data.
+    ("train --data {here}/nowhere", "nowhere"),
+    ("train --val-data {here}/nowhere", "data.val_source"),
+    (PAIRS, "pairs", lambda here: (here / "pairs").mkdir()),
+    (PAIRS, "8", lambda here: make.pairs(here / "pairs", 5)),
+    (PAIRS, "data.max_bad_share", lambda here: make.pairs(here / "pairs", empty=range(0, 24, 2))),
+    (PAIRS, "23 samples in a row cannot be used", lambda here: make.pairs(here / "pairs", broken=range(24))),
+    (PAIRS + " --set data.held_out=0.999", "data.held_out", pairs),
+    (WEIGHTS % -1, "data.caption_weights.text", pairs),
+    (WEIGHTS % 0, "data.caption_weights.text", pairs),
+    (WEIGHTS % "NaN", "data.caption_weights.text", pairs),
+    (WEIGHTS % '1, "lnog": 1', "lnog", pairs),
+    (WEIGHTS % 1 + " --csv-caption-key long", "data.caption_key", pairs),
+    (WEIGHTS.replace("pairs", "splits.json") % 1, "data.caption_weights", karpathy),
+    (WEIGHTS.replace("pairs", "0.tar") % 1, "0.tar no such captions", lambda here: make.tar(here / "0.tar")),
+    (WEIGHTS.replace("{here}/pairs", "demo") % 1, "data.caption_weights"),
+    (PAIRS + " --set data.caption_weights={{}}", "data.caption_weights", pairs),
+    (PAIRS + " --val-data {here}/blank", "no captions to evaluate on", blank_validation),
+    ("train --set data.tokenizer={here}/nowhere", "data.tokenizer"),
+    # Models and their weights.
+    ("train --set student.freeze_image=9", "student.freeze_image"),
+    ("train --set teacher.block=5", "teacher.block"),
+    ("train --set teacher.model=resnet18 --set teacher.overrides={{}}", "resnet18"),
+    ("train --set teacher.weights={here}/nowhere.pt", "nowhere.pt"),
+    ("train --set student.text_weights={here}/w.pt", "w.pt", lambda here: (here / "w.pt").write_bytes(b"no weights")),
+    ("train --start-from ~nouser/clip", "'~nouser/clip': no such file or folder"),
+    ("evaluate ~nouser/clip", "'~nouser/clip'"),
+    ("train --set run.compile=blocks --profile-memory 2", "--profile-memory"),
+    # Runs that are to go on.
+    ("train --resume {here}/nowhere", "nowhere"),
+    ("train --output-dir {here}/file/run", "file", lambda here: (here / "file").write_text("")),
+    (f"train --output-dir {{here}}/{'x' * 300}", "--output-dir"),
+    ("train --output-dir ~nouser/run", "run.output_dir is '~nouser/run': Value error, there is no such user"),
+    # A prediction, and profiling a training.
+    ("memory --gpu 'No Such Card'", "--gpu"),
+    ("memory --gpu-memory 48GB", "--sm"),
+    ("memory --gpu-memory 48GB --sm 6.1", "--sm"),
+    ("memory --fit much", "--fit"),
+    ("memory --world-size 0", "--world-size"),
+    ("memory --plot memory.txt", "--plot"),
+    ("memory --set student.layers=1 --losses global --json {here}/nowhere/report.json", "report.json"),
+    ("memory --set student.layers=9", "student.layers"),
+    ("memory --set student.text_backbone=someone/no-such-model", "someone/no-such-model"),
+    ("memory --deepspeed_config {here}/ds.json", "ds.json"),
+    (
+        "memory --deepspeed_config {here}/ds.json",
+        "offload_param",
+        ds_json({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}),
+    ),
+    ("train --steps 4 --profile 3:2", "--profile"),
+    ("train --steps 4 --profile 1:2 --profile-memory 2", "--profile"),
+    # An evaluation, match maps and an export.
+    ("evaluate --checkpoint {here}/nowhere", "nowhere"),
+    ("evaluate --checkpoint {here}", "is no run"),
+    (RUN + " --data {here}/nowhere", "nowhere", run),
+    (RUN + " --choices {here}/names.txt", "names.txt", classes),
+    (RUN + " --ema", "--ema", run),
+    (RUN + " --json {here}/nowhere/found.json", "found.json", run),
+    (RUN + " --zero-shot {here}/nowhere", "--zero-shot", run),
+    (RUN + " --zero-shot {here}/classes --class-names {here}/names.txt", "names.txt", classes),
+    (RUN + " --zero-shot {here}/classes --templates {here}/templates.txt", "templates.txt", classes),
+    (RUN + " --zero-shot {here}/pairs", "give a folder with folders of pictures", run),
+    (RUN + " --boxes {here}/pairs", "give Flickr30k Entities' folder, with Annotations/", run),
+    (RUN + " --data demo --split test", "the demo has its own two", run),
+    (RUN + " --zero-shot {here}/classes", "its folders of classes hold no picture", empty_classes),
+    (RUN + " --zero-shot ~nouser/x", "--zero-shot ~nouser/x", run),
+    (RUN + " --boxes ~nouser/x", "--boxes is '~nouser/x'", run),
+    ("evaluate ~nouser/x --data demo", "~nouser/x"),
+    ("visualize {here}/nowhere", "nowhere"),
+    ("visualize {here}/run --image {here}/pairs/0.png", "--text", run),
+    ("visualize {here}/run --pairs first", "--pairs", run),
+    ("export {here}/nowhere {here}/out", "nowhere"),
+    ("export {here}/run {here}/out --ema", "ema", run),
+    ("export {here}/run {here}/pairs", "pairs", run),
+    # The comparison of the estimates.
+    ("estimates --only E1,E9", "--only"),
+    ("estimates --json /no/such/x.json", "/no/such/x.json"),
+    ("estimates --sm 8.9", "--sm"),
+    ("estimates --preset dem", "--preset"),
+    ("estimates --only E1 --B 0", "--B"),
+    ("estimates --only E1 --M 2", "--M"),
+    ("estimates --only E4 --N 195", "--N"),
+    ("estimates --only E4 --H 100", "--H"),
+]
