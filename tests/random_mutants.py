@@ -181,7 +181,8 @@ parallel = true
 concurrency = multiprocessing,thread
 patch = subprocess,_exit
 sigterm = true
-"""
+context = {file}
+"""  # in a file, because multiprocessing's processes read it anew
 
 
 class Executed(NamedTuple):
@@ -192,8 +193,10 @@ class Executed(NamedTuple):
 def record(folder: Path, file: str) -> float:
     """Run the quick tests of a file in the copy `folder` with coverage, and return how many seconds they take."""
     start = time.monotonic()
-    options = ["--rcfile", str(folder / "coverage.ini"), "--context", file]
-    command = [sys.executable, "-m", "coverage", "run", *options, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    settings = folder / f"{file.replace('/', '.')}.ini"
+    settings.write_text(SETTINGS.format(folder=folder, file=file))
+    pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    command = [sys.executable, "-m", "coverage", "run", "--rcfile", str(settings), *pytest]
     env = os.environ | {"PYTHONPATH": str(folder)}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=1800)
     if done.returncode not in (0, 5):  # 5: each test of the file is slow
@@ -208,7 +211,6 @@ def executed(kept: Path, jobs: int) -> Executed:
         with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(jobs) as threads:
             folder = Path(name)
             mutations.copy_of_repository(folder)
-            (folder / "coverage.ini").write_text(SETTINGS.format(folder=folder))
             files = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").rglob("test_*.py"))]
             seconds = dict(zip(files, threads.map(partial(record, folder), files), strict=True))
             for path in folder.glob(".coverage.*"):
@@ -216,7 +218,7 @@ def executed(kept: Path, jobs: int) -> Executed:
                 recorded.read()
                 for file in recorded.measured_files():
                     for line, contexts in recorded.contexts_by_lineno(file).items():
-                        tests[str(Path(file).relative_to(folder))][line] |= set(contexts)
+                        tests[str(Path(file).relative_to(folder))][line] |= set(contexts) - {""}
         as_lists = {file: {line: sorted(names) for line, names in lines.items()} for file, lines in tests.items()}
         kept.write_text(json.dumps([as_lists, seconds]))
     return Executed(*json.loads(kept.read_text()))

@@ -8,9 +8,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LATE = "deepspeed.runtime.zero.muon.muon_optimizer"  # what an engine would import: all that torch.compile is
+_pools: list[tuple[ProcessPoolExecutor, int]] = []  # one process for each rank, and its id
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}  # the environment of an only rank
 
 
@@ -42,10 +43,10 @@ def environments(world: int, **more: str) -> list[dict[str, str]]:
     return [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 
-def start(argv: Sequence[object], env: dict[str, str], output: Path, errors: Path | None = None) -> subprocess.Popen:
-    """Start `python ARGV`. Its output is added to the file `output`, its errors to `errors` if given."""
-    with open(output, "ab") as out, open(errors or output, "ab") as err:
-        return subprocess.Popen([sys.executable, *map(str, argv)], env=env, cwd=ROOT, stdout=out, stderr=err)
+def start(argv: Sequence[object], env: dict[str, str], output: Path) -> subprocess.Popen:
+    """Start `python ARGV`. Its output and errors are added to the file `output`."""
+    with open(output, "ab") as out:
+        return subprocess.Popen([sys.executable, *map(str, argv)], env=env, cwd=ROOT, stdout=out, stderr=out)
 
 
 def start_ranks(argv: Sequence[object], outputs: Sequence[Path], **more: str) -> list[subprocess.Popen]:
@@ -59,13 +60,32 @@ def launcher(name: str, ranks: int) -> list[str]:
     return [str(Path(sys.executable).with_name(name)), number, str(ranks), "--master_port", str(free_port())]
 
 
-def wait_for(condition: Callable[[], object], process: subprocess.Popen, log: Path, seconds: float = 240) -> None:
-    """Wait until `condition()` holds. Fail if the process ends before, or after `seconds`."""
+def poll(
+    condition: Callable[[], object], seconds: float, message: Callable[[], str] = str, interval: float = 0.02
+) -> None:
+    """Wait until `condition()` holds. Fail with `message()` after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, f"it has ended with {process.returncode}:\n{log.read_text()}"
-        assert time.monotonic() < end, f"not yet after {seconds} s:\n{log.read_text()}"
-        time.sleep(0.02)
+        assert time.monotonic() < end, f"not yet after {seconds} s:\n{message()}"
+        time.sleep(interval)
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen, log: Path, seconds: float = 240) -> None:
+    """Wait until `condition()` holds. Fail if the process ends before, or after `seconds`."""
+    poll(lambda: condition() or process.poll() is not None, seconds, log.read_text)
+    assert condition(), f"it has ended with {process.returncode}:\n{log.read_text()}"
+
+
+@contextmanager
+def training_ranks(arguments: Sequence[object], logs: Sequence[Path]) -> Iterator[list[subprocess.Popen]]:
+    """Start a training on as many ranks as there are `logs`, and wait for its fifth step. Kill it at the end."""
+    processes = start_ranks(["ds_cmli/train.py", *arguments], logs)
+    try:
+        wait_for(lambda: "step 5/" in logs[0].read_text(), processes[0], logs[0])
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def python(
@@ -92,8 +112,8 @@ def start_function(
     """Start `function(rank, *arguments)` of each rank in a process of its own, which writes to the file `output`."""
     processes = []
     for rank, environment in enumerate(environments(world, **env)):
-        given = (environment, output, function, rank, arguments)
-        processes.append(forkserver().Process(target=_in_process, args=given))
+        call = (environment, output, function, rank, arguments)
+        processes.append(forkserver().Process(target=_in_process, args=call))
         processes[-1].start()
     return processes
 
@@ -108,9 +128,6 @@ def _in_process(env: dict[str, str], output: Path, function: Callable, rank: int
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     function(rank, *arguments)
-
-
-_pools: list[tuple[ProcessPoolExecutor, int]] = []  # one process for each rank, and its id
 
 
 def run(function: Callable, world: int, *arguments: object, group: bool = True, timeout: float = 300) -> list[Any]:

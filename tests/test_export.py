@@ -12,20 +12,25 @@ from ds_cmli.errors import UserError
 from ds_cmli.inference import Model
 from ds_cmli.models import hf
 from tests.make import picture, write_run
-from tests.models.sources import clip, export, library_weights, of_open_clip, run_of, siglip, start
+from tests.models.sources import clip, export, library_weights, run_of, siglip, start, write_open_clip
 from tests.stranger.drive import compare
+
+LIBRARIES = {
+    "clip": (clip, ("cmli",)),  # and the losses that are trained, none with the temperature of the source
+    "siglip": (siglip, ("global", "cmli")),
+    "open_clip": (lambda folder: write_open_clip(folder, "siglip"), ("global", "cmli")),
+}
 
 
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory):
-    """A CLIP."""
+def clip_folder(tmp_path_factory):
     folder = clip(tmp_path_factory.mktemp("sources") / "clip")
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# CLIP\n")
     return folder
 
 
-def test_without_as_it_is_the_runs_own_model(begun, tmp_path):
-    run = run_of(begun, tmp_path / "run")
+def test_without_as_it_is_the_runs_own_model(clip_folder, tmp_path):
+    run = run_of(clip_folder, tmp_path / "run")
     folder = export(run, tmp_path / "own model")
     assert_close(load_file(folder / hf.WEIGHTS), load_file(run / hf.WEIGHTS), rtol=0, atol=0)
     compare(run, folder)
@@ -35,37 +40,30 @@ def test_without_as_it_is_the_runs_own_model(begun, tmp_path):
     assert str(tmp_path) not in readme + (folder / "config.json").read_text() and len(readme.splitlines()) < 20
 
 
-def test_the_readme_names_what_a_run_from_a_run_began_as(begun, tmp_path):
-    first = run_of(begun, tmp_path / "first")
+def test_the_readme_names_what_a_run_from_a_run_began_as(clip_folder, tmp_path):
+    first = run_of(clip_folder, tmp_path / "first")
     second = run_of(first, tmp_path / "second")
     assert "clip, licence: mit" in (export(second, tmp_path / "x") / "README.md").read_text()
     readme = (export(write_run(tmp_path / "run"), tmp_path / "y") / "README.md").read_text()
     assert "vit_tiny_patch16_224 and bert" in readme and "Twemoji" in readme
 
 
-def test_interpolated_it_is_between_the_source_and_the_trained_weights(begun, tmp_path):
-    run = run_of(begun, tmp_path / "run")
+def test_interpolated_it_is_between_the_source_and_the_trained_weights(clip_folder, tmp_path):
+    run = run_of(clip_folder, tmp_path / "run")
 
     def exported(name, *options):
         return library_weights(export(run, tmp_path / name, "--as", "clip", *options))
 
-    source = library_weights(begun)
+    source = library_weights(clip_folder)
     trained = exported("trained")
     assert_close(exported("whole", "--interpolate", "1"), trained, rtol=0, atol=0)
     quarter = {name: 0.75 * source[name] + 0.25 * value for name, value in trained.items()}
     assert_close(exported("quarter", "--interpolate", "0.25"), quarter)
-    averages = run_of(begun, tmp_path / "other") / hf.WEIGHTS
+    averages = run_of(clip_folder, tmp_path / "other") / hf.WEIGHTS
     shutil.copy(averages, run / hf.AVERAGE)
     averaged = export(run, tmp_path / "averaged", "--ema", "--interpolate", "1")
     assert_close(load_file(averaged / hf.WEIGHTS), load_file(averages), rtol=0, atol=0)
     assert "1 of the way from student.source to the averaged weights" in (averaged / "README.md").read_text()
-
-
-LIBRARIES = {
-    "clip": (clip, ("cmli",)),  # and the losses that are trained, none with the temperature of the source
-    "siglip": (siglip, ("global", "cmli")),
-    "open_clip": (lambda folder: of_open_clip(folder, "siglip"), ("global", "cmli")),
-}
 
 
 def test_at_share_0_an_export_is_the_source_in_every_tensor_whatever_was_trained(tmp_path):
@@ -81,12 +79,12 @@ def test_at_share_0_an_export_is_the_source_in_every_tensor_whatever_was_trained
             assert torch.equal(trained[name], source[name]), f"{library}: {name} is invented"
 
 
-def test_a_temperature_that_no_run_trained_is_that_of_the_first_source(begun, tmp_path):
-    first = run_of(begun, tmp_path / "first", losses=("cmli",))
+def test_a_temperature_that_no_run_trained_is_that_of_the_first_source(clip_folder, tmp_path):
+    first = run_of(clip_folder, tmp_path / "first", losses=("cmli",))
     second = run_of(first, tmp_path / "second", losses=("cmli",))
     back = export(second, tmp_path / "back", "--as", "clip")
-    assert torch.equal(library_weights(back)["logit_scale"], library_weights(begun)["logit_scale"])
-    trained = run_of(begun, tmp_path / "trained")
+    assert torch.equal(library_weights(back)["logit_scale"], library_weights(clip_folder)["logit_scale"])
+    trained = run_of(clip_folder, tmp_path / "trained")
     untrained = run_of(trained, tmp_path / "untrained", losses=("cmli",))
     expected = load_file(trained / hf.WEIGHTS)["losses.global.temperature.logit_scale"]
     assert library_weights(export(untrained, tmp_path / "again", "--as", "clip"))["logit_scale"] == expected
@@ -95,8 +93,8 @@ def test_a_temperature_that_no_run_trained_is_that_of_the_first_source(begun, tm
         export(run_of(exported, tmp_path / "lost", losses=("cmli",)), tmp_path / "x", "--as", "clip")
 
 
-def test_a_run_and_its_export_start_a_training(begun, tmp_path):
-    run = run_of(begun, tmp_path / "run")
+def test_a_run_and_its_export_start_a_training(clip_folder, tmp_path):
+    run = run_of(clip_folder, tmp_path / "run")
     trained = Model.load(run, "cpu")
     pictures = [picture(number) for number in range(3)]
     pixels = torch.stack([*map(trained.read, pictures)])
@@ -114,7 +112,7 @@ def test_a_run_and_its_export_start_a_training(begun, tmp_path):
         start(run)
 
 
-def test_what_it_is_not_is_refused(begun, tmp_path):
+def test_what_it_is_not_is_refused(clip_folder, tmp_path):
     def refused(problem, *arguments):
         with pytest.raises(UserError, match=f"^[^\n]*{problem}[^\n]*$"):
             export(*arguments)
@@ -122,7 +120,7 @@ def test_what_it_is_not_is_refused(begun, tmp_path):
 
     run = write_run(tmp_path / "run")
     new = tmp_path / "x"
-    gone = shutil.copytree(begun, tmp_path / "gone")
+    gone = shutil.copytree(clip_folder, tmp_path / "gone")
     began = run_of(gone, tmp_path / "began")
     refused("--as is 'siglip', and the run's student began as clip", began, new, "--as", "siglip")
     refused("began as two encoders", run, new, "--as", "clip")

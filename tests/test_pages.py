@@ -9,35 +9,33 @@ import dataclasses
 import errno
 import importlib.util
 import os
+import pkgutil
 import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import click
 import pytest
 
-from ds_cmli import train
+import ds_cmli
+from ds_cmli import export, train, visualize
+from ds_cmli.config.presets import PRESETS, load_preset
 from ds_cmli.config.registry import LOSSES
 from ds_cmli.config.schema import SECTIONS
+from ds_cmli.data import assets
 from ds_cmli.evaluate import __main__ as evaluate
+from ds_cmli.memory import command as memory
 from tests.ranks import ROOT
 
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-    ROOT / "slurm" / "README.md",
-]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS, ROOT / "slurm" / "README.md"]
 CODE = [*(ROOT / "ds_cmli").rglob("*.py"), *(ROOT / "profiling").rglob("*.py"), ROOT / "slurm" / "train.sh"]
 FOLDERS = "ds_cmli|ds_configs|profiling|slurm|tests|docs"  # of paths of the repository
 # Messages of libraries and of the system, which pages explain, and where they come from.
-OF_LIBRARIES = {
+LIBRARY_MESSAGES = {
     "..., which cannot be loaded: OSError: We couldn't connect to ...": "the reason is transformers'",
     "Bus error": "the system's, for SIGBUS",
     "unable to write to file </torch_...>": "PyTorch's shared memory",
-    "rank 0 of 4 cannot start: DistStoreError: ...": "the exception's name is PyTorch's",
-    "... cannot start: DistNetworkError: ... EADDRINUSE": "the exception's name is PyTorch's",
     "rank 2 of 4 cannot start: ... invalid device ordinal": "CUDA's reason",
     "DataLoader worker (pid ...) is killed by signal: Killed": "PyTorch's",
     "Too many open files": os.strerror(errno.EMFILE),
@@ -82,7 +80,7 @@ def tables(page: Path) -> Iterator[tuple[list[str], list[list[str]]]]:
 
 def printed() -> list[tuple[str, str]]:
     """Return the pages' messages: what stands under "printed" in a table, and what begins with "error: "."""
-    found = []
+    stated = []
     for page in PAGES:
         for header, rows in tables(page):
             if header[0] in ("printed", "printed or seen"):
@@ -90,26 +88,19 @@ def printed() -> list[tuple[str, str]]:
                     messages = re.findall(r"`([^`]+)`", row[0])
                     if not messages and header[0] == "printed":
                         messages = [row[0]]
-                    found += [(page.name, message) for message in messages]
-        found += [(page.name, message) for message in re.findall(r"`(error: [^`]{4,})`", page.read_text("utf-8"))]
-    return list(dict.fromkeys(found))
+                    stated += [(page.name, message) for message in messages]
+        stated += [(page.name, message) for message in re.findall(r"`(error: [^`]{4,})`", page.read_text("utf-8"))]
+    return list(dict.fromkeys(stated))
 
 
 @pytest.mark.parametrize(("page", "message"), printed())
 def test_a_message_of_a_page_is_printed_by_the_code(page, message):
-    if message in OF_LIBRARIES:
+    if message in LIBRARY_MESSAGES:
         return
     parts = fixed_parts(message)
     assert parts, f"{page}: {message!r} has no part that could be looked up"
     missing = [part for part in parts if part not in texts_of_the_code()]
     assert not missing, f"{page} says {message!r} is printed, and no string of the code has {missing}"
-
-
-def test_the_parts_of_a_message():
-    message = "error: rank 3 on node ...: no progress for 120 s, at FILE:LINE ...; last step ..."
-    assert fixed_parts(message) == ["on node", "no progress for", "last step"]
-    assert fixed_parts("DS_ACCELERATOR is 'cuda' and PyTorch trains on ... here") == ["and PyTorch trains on"]
-    assert fixed_parts("in use by process ... on ...") == ["in use by process"]
 
 
 def test_settings_that_pages_name_exist():
@@ -122,29 +113,18 @@ def test_settings_that_pages_name_exist():
                 assert name in names or is_file or is_module, f"{page.name} names the setting {name}"
 
 
-def commands_of(command: click.Command) -> set[str]:
-    return {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-
-
-# Of pip, deepspeed, torchrun, sbatch, docker, open_clip and tests/mutations.py.
-# fmt: off
-OPTIONS_OF_OTHERS = [
-    "--account", "--array", "--cpus-per-gpu", "--dependency", "--export", "--gpus-per-node",
-    "--hostfile", "--mem", "--mem-per-gpu", "--no-compile", "--no-requeue",
-    "--nodes", "--nproc_per_node", "--ntasks-per-node", "--num_accelerators", "--open-mode",
-    "--partition", "--random", "--requeue", "--resize_mode", "--shm-size", "--shutdown-timeout",
-    "--signal", "--signals-to-handle", "--time",
-]
-# fmt: on
+# Options of pip, torchrun, sbatch, open_clip and tests/mutations.py.
+OPTIONS_OF_OTHERS = (
+    "--dependency", "--mem", "--mem-per-gpu", "--no-compile", "--random", "--resize_mode",
+    "--shutdown-timeout", "--signals-to-handle",
+)  # fmt: skip
 
 
 def test_options_that_pages_name_exist():
-    from ds_cmli import export, visualize
-    from ds_cmli.memory import command as memory
-
     ours = {"--help", "--version"}
     for module in (train, evaluate, export, visualize, memory):
-        ours |= commands_of(module.command)
+        for parameter in module.command.params:
+            ours |= {*parameter.opts, *parameter.secondary_opts}
     scripts = "".join(path.read_text("utf-8") for path in CODE if path.parts[-2] in ("profiling", "speed", "slurm"))
     for page in PAGES:
         for code in re.findall(r"`(--[a-z][\w-]+)", page.read_text("utf-8")):
@@ -168,8 +148,6 @@ def test_losses_of_the_page_are_those_of_the_code():
 
 
 def test_presets_of_the_page_have_the_codes_sizes():
-    from ds_cmli.config.presets import PRESETS, load_preset
-
     (rows,) = [rows for header, rows in tables(ROOT / "docs" / "train.md") if header[0] == "preset"]
     assert {name.strip("`") for name, *_ in rows} == set(PRESETS)
     for name, image, *_, batch in rows:
@@ -210,8 +188,6 @@ def test_settings_that_may_change_are_those_of_the_code():
 
 
 def test_packages_of_the_demos_assets():
-    from ds_cmli.data import assets
-
     (rows,) = [rows for header, rows in tables(ROOT / "docs" / "install.md") if header[0] == "asset"]
     source = Path(assets.__file__).read_text("utf-8")
     for asset, package, _ in rows:
@@ -230,19 +206,9 @@ def stated_values() -> list[tuple[str, str, str]]:
 
 def evaluated(expression: str) -> object:
     """Return the value of an expression in which names are paths such as `ds_cmli.data.build.MAX`."""
-    modules: dict[str, object] = {}
-    for name in re.findall(r"ds_cmli(?:\.\w+)+", expression):
-        parts = name.split(".")
-        for length in range(len(parts), 0, -1):
-            try:
-                importlib.import_module(".".join(parts[:length]))
-                break
-            except ModuleNotFoundError:
-                continue
-    import ds_cmli
-
-    modules["ds_cmli"] = ds_cmli
-    return eval(expression, modules)
+    for path in re.findall(r"ds_cmli(?:\.\w+)+", expression):
+        pkgutil.resolve_name(path)  # imports the path's modules
+    return eval(expression, {"ds_cmli": ds_cmli})
 
 
 def test_numbers_of_the_pages_are_the_codes():

@@ -2,6 +2,7 @@ import time
 from contextlib import nullcontext
 
 import pytest
+from huggingface_hub import constants
 
 from ds_cmli import pretrained
 from ds_cmli.config.source import ModelSource
@@ -12,8 +13,6 @@ from tests import ranks
 
 def load_each_once(rank, world_size, asked):
     """Load a tokenizer and a model on each rank, and return for which of them this rank might not ask the hub."""
-    from huggingface_hub import constants
-
     pretrained._answers = lambda url: True
     offline = []
     for name in ("tokenizer", "model"):

@@ -48,8 +48,8 @@ def test_a_holder_that_has_died_on_this_node_is_gone_at_once(tmp_path):
     write_lock(tmp_path, pid=process.pid, started=started)
     assert not is_free(tmp_path)
     process.kill()
-    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:  # nobody has waited for it yet
-        time.sleep(0.01)
+    # Nobody has waited for it yet.
+    ranks.poll(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE, 60)
     assert is_free(tmp_path)
     process.wait()
     write_lock(tmp_path, pid=process.pid, started=started)
@@ -91,10 +91,7 @@ def test_the_holder_touches_its_own_lock_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "LOCK_TOUCH_SECONDS", 0.05)
     with run_lock(tmp_path):
         os.utime(tmp_path / LOCK, (1, 1))
-        end = time.monotonic() + 10
-        while (tmp_path / LOCK).stat().st_mtime < 2 and time.monotonic() < end:
-            time.sleep(0.02)
-        assert (tmp_path / LOCK).stat().st_mtime > 2
+        ranks.poll(lambda: (tmp_path / LOCK).stat().st_mtime > 2, 10)
         write_lock(tmp_path, host="another")  # which has taken over
         os.utime(tmp_path / LOCK, (1, 1))
         time.sleep(0.3)

@@ -49,17 +49,7 @@ def run(stopped, tmp_path) -> Path:
 
 
 def refused(*arguments: object) -> str:
-    with pytest.raises(UserError) as error:
-        drive(list(map(str, arguments)))
-    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
-    return str(error.value)
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-# --- damage
+    return make.refused(drive, list(map(str, arguments)))
 
 
 def flip(path: Path) -> None:
@@ -110,42 +100,42 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize("stage, name, content", FOREIGN)
-def test_a_file_that_somebody_has_put_there_is_one_line_and_runs_no_code(
-    stage, name, content, run, arguments, tmp_path
-):
-    checkpoint, ran = run / "checkpoint" / "step4", tmp_path / "ran"
+def test_a_foreign_file_is_one_line_and_runs_no_code(stage, name, content, run, arguments, tmp_path):
+    checkpoint = run / "checkpoint" / "step4"
+    trace = tmp_path / "trace"
     if isinstance(content, str):
         (checkpoint / name).write_text(content)
     else:
-        torch.save(Code(ran) if content is Code else content, checkpoint / name)
+        torch.save(Code(trace) if content is Code else content, checkpoint / name)
     digests = json.loads((checkpoint / "checksums.json").read_text()) | {name: sha256(checkpoint / name)}
     (checkpoint / "checksums.json").write_text(json.dumps(digests))
     ds_config = make.json_file(tmp_path / "ds.json", {"zero_optimization": {"stage": stage}})
     changed = ["--deepspeed_config", ds_config, "--resume-with-changes"]
     assert str(checkpoint) in refused(*arguments, "--output-dir", run, *changed)
-    assert not ran.exists()
+    assert not trace.exists()
 
 
-@pytest.mark.parametrize("after", [0, 6])
-def test_a_full_disk_leaves_the_checkpoint_before(after, run, arguments, monkeypatch, capfd):
-    written, write = [], CheckpointWriter.write
+@pytest.mark.parametrize("num_written", [0, 6])
+def test_a_full_disk_leaves_the_checkpoint_before(num_written, run, arguments, monkeypatch, capfd):
+    written = []
+    write = CheckpointWriter.write
 
     def full(writer, path, write_to):
         def write_if_there_is_room(path):
             written.append(path)
-            if len(written) > after and "step6" in "".join(os.listdir(run / "checkpoint")):
+            if len(written) > num_written and "step6" in "".join(os.listdir(run / "checkpoint")):
                 raise OSError(28, "No space left on device")
             write_to(path)
 
         write(writer, path, write_if_there_is_room)
 
-    before = snapshot(run / "checkpoint")
+    contents_before = make.contents(run / "checkpoint")
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointWriter, "write", full)
         line = refused(*arguments, "--output-dir", run, "--steps", "6", "--resume-with-changes")
     assert "the last checkpoint could not be written" in line and "No space left" in line
     assert "warning: no checkpoint at step 6, the one before stays" in capfd.readouterr().out
-    assert snapshot(run / "checkpoint") == before
+    assert make.contents(run / "checkpoint") == contents_before
     assert drive([*arguments, "--output-dir", str(run)]) == 0
     assert [line["step"] for line in make.lines(run)] == list(range(1, 9))
 
@@ -169,14 +159,11 @@ def test_a_signal_whose_checkpoint_cannot_be_written_is_an_error_not_a_stop(run,
     assert [line["step"] for line in make.lines(run)] == list(range(1, 9))
 
 
-# --- settings
-
-
 def test_other_settings_are_refused_with_their_differences_unless_asked_for(run, arguments):
     changed = [*arguments, "--output-dir", str(run), "--lr", "0.002", "--set", "loss.mse_reduction=sum"]
-    before = snapshot(run)
+    contents_before = make.contents(run)
     line = refused(*changed)
-    assert snapshot(run) == before
+    assert make.contents(run) == contents_before
     assert "optimizer.params.lr" in line and 'loss.mse_reduction: "mean" -> "sum"' in line
     assert drive([*changed, "--steps", "12", "--resume-with-changes"]) == 0
     rates = [line["lr"] for line in make.lines(run)]
@@ -188,29 +175,29 @@ def test_a_changed_schedule_of_the_json_goes_on_at_the_step_reached(arguments, t
         params = {"total_num_steps": last_step, "warmup_num_steps": 2, "warmup_min_lr": 0, "warmup_max_lr": 0.01}
         content = {**ZERO1, "scheduler": {"type": "WarmupDecayLR", "params": params}}
         ds_config = make.json_file(tmp_path / "ds.json", content)
-        given = ["--deepspeed_config", ds_config, "--output-dir", f"{tmp_path}/{name}"]
-        drive([*arguments, *given, *options], stop_at=stop_at)
+        words = ["--deepspeed_config", ds_config, "--output-dir", f"{tmp_path}/{name}"]
+        drive([*arguments, *words, *options], stop_at=stop_at)
         return [line["lr"] for line in make.lines(tmp_path / name)]
 
-    before = rates("changed", 8, stop_at=4)
-    after = rates("straight", 12)  # of which 8 steps are taken
-    assert rates("changed", 12, "--resume-with-changes") == before + after[4:]
-    assert after[-1] > 0.003, "the schedule before would end near 0"
+    first_rates = rates("changed", 8, stop_at=4)
+    straight = rates("straight", 12)  # of which 8 steps are taken
+    assert rates("changed", 12, "--resume-with-changes") == first_rates + straight[4:]
+    assert straight[-1] > 0.003, "the schedule before would end near 0"
 
 
 def test_a_run_whose_source_is_a_run_goes_on_to_the_bit(stopped, arguments, tmp_path):
-    given = [*arguments, "--start-from", str(stopped), "--set", "student.freeze_image=0", "--output-dir"]
-    assert drive([*given, str(tmp_path / "straight")]) == 0
-    assert drive([*given, str(tmp_path / "resumed")], stop_at=3) == 85
-    assert drive([*given, str(tmp_path / "resumed")]) == 0
+    words = [*arguments, "--start-from", str(stopped), "--set", "student.freeze_image=0", "--output-dir"]
+    assert drive([*words, str(tmp_path / "straight")]) == 0
+    assert drive([*words, str(tmp_path / "resumed")], stop_at=3) == 85
+    assert drive([*words, str(tmp_path / "resumed")]) == 0
     assert_same(tmp_path / "resumed", tmp_path / "straight")
 
 
 def test_the_best_result_on_other_data_does_not_count(run, arguments, tmp_path):
-    other = make.pairs(tmp_path / "other", 12)
+    other_source = make.pairs(tmp_path / "other", 12)
     start = find_start(TINY, "auto", run)
     assert start.state.best["step"] == 3
-    start.config = load_preset("tiny", {"data": {"val_source": other}})
+    start.config = load_preset("tiny", {"data": {"val_source": other_source}})
     start.check(DeepSpeedConfig.of(ZERO1).filled(start.config, 1, 8), accept_changes=True)
     assert start.state.best == {} and start.state.worse_in_row == 0
 
@@ -226,9 +213,6 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_numbers_that_do(monkey
         start.keep_batch(DeepSpeedConfig.of(ZERO1))
 
 
-# --- folders
-
-
 def test_lines_after_the_resumed_step_are_removed_and_a_finished_run_changes_nothing(run, arguments, capfd):
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')  # the process was killed while it wrote
@@ -236,10 +220,10 @@ def test_lines_after_the_resumed_step_are_removed_and_a_finished_run_changes_not
     assert drive(argv) == 0
     assert [line["step"] for line in make.lines(run)] == list(range(1, 9))
     assert (run / "checkpoint" / "latest").read_text() == "step8"
-    before = snapshot(run)
+    contents_before = make.contents(run)
     assert drive(argv) == 0
     assert f"the run in {run} is finished, 8 steps" in capfd.readouterr().out
-    assert snapshot(run) == before
+    assert make.contents(run) == contents_before
 
 
 def test_resume_by_path_goes_on_elsewhere_and_again_and_another_path_is_refused(run, arguments, tmp_path, capfd):
@@ -251,14 +235,14 @@ def test_resume_by_path_goes_on_elsewhere_and_again_and_another_path_is_refused(
     assert "--resume" in line and "has checkpoints of its own" in line
     assert "no checkpoint there" in refused(*arguments, "--output-dir", tmp_path / "b", "--resume", tmp_path)
     assert drive([*arguments, "--resume", str(run)]) == 0
-    assert snapshot(run)["model.safetensors"] == snapshot(tmp_path / "new")["model.safetensors"]
+    assert make.contents(run)["model.safetensors"] == make.contents(tmp_path / "new")["model.safetensors"]
 
 
 def test_never_is_refused_where_there_is_a_run_but_not_once_its_job_is_requeued(run, arguments, tmp_path, monkeypatch):
-    before = snapshot(run)
+    contents_before = make.contents(run)
     never = [*arguments, "--resume", "never", "--output-dir"]
     assert "--resume is 'never'" in refused(*never, run)
-    assert snapshot(run) == before
+    assert make.contents(run) == contents_before
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     assert drive([*never, str(tmp_path / "new")], stop_at=1) == 85
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -268,34 +252,35 @@ def test_never_is_refused_where_there_is_a_run_but_not_once_its_job_is_requeued(
 def test_the_best_checkpoint_stays_and_a_run_out_of_patience_ends(arguments, tmp_path, capfd, monkeypatch):
     values = {2: 0.1, 4: 0.5, 6: 0.3, 8: 0.4, 10: 0.9}  # by step; the run ends before the last
 
-    def best_result(before, split, result, step):
-        now = {"metric": "m", "value": values[step], "step": step, "pairs": 4, "chance": 0.25}
-        return before if values[step] <= before.get("value", -1) else now
+    def best_result(best, split, result, step):
+        is_better = values[step] > best.get("value", -1)
+        return {"metric": "m", "value": values[step], "step": step, "pairs": 4, "chance": 0.25} if is_better else best
 
     monkeypatch.setattr("ds_cmli.run.best_result", best_result)
-    run, kept = tmp_path / "run", tmp_path / "run" / "model.best.safetensors"
+    run = tmp_path / "run"
+    best_model = run / "model.best.safetensors"
     argv = [*arguments, "--output-dir", str(run), "--steps=12", "--eval-every=2"]
     argv += ["--save-every=0", "--keep=1", "--set", "run.patience=2", "--set", "run.keep_best=true"]
     assert drive(argv, stop_at=7) == 85
     assert sorted(path.name for path in (run / "checkpoint").glob("step*")) == ["step4", "step7"]
-    weights = kept.read_bytes()
-    flip(kept)
+    weights = best_model.read_bytes()
+    flip(best_model)
     assert drive(argv) == 0
     output = capfd.readouterr().out
     assert "ended at step 8: 2 evaluations in a row gave no better result" in output
     assert f"made from {run / 'checkpoint' / 'step4'}: model.best.safetensors" in output
-    assert kept.read_bytes() == weights
+    assert best_model.read_bytes() == weights
     assert sorted(path.name for path in (run / "checkpoint").glob("step*")) == ["step4", "step8"]
     # The run has ended. Its models are made again from its checkpoints.
-    before = {path: path.read_bytes() for path in run.glob("model*.safetensors")}  # three
+    models = {path: path.read_bytes() for path in run.glob("model*.safetensors")}  # three
     for break_file in (flip, Path.unlink):
-        for path in before:
+        for path in models:
             break_file(path)
         assert drive(argv) == 0
         output = capfd.readouterr().out
         assert "is finished, 8 steps" in output and output.count("made from ") == 2
-        assert all(path.read_bytes() == content for path, content in before.items())
+        assert all(path.read_bytes() == content for path, content in models.items())
     shutil.rmtree(run / "checkpoint" / "step4")
-    flip(kept)
+    flip(best_model)
     assert drive(argv) == 0
-    assert f"{kept} is not the best of this run: removed" in capfd.readouterr().out and not kept.exists()
+    assert f"{best_model} is not the best of this run: removed" in capfd.readouterr().out and not best_model.exists()

@@ -25,7 +25,7 @@ class Case(NamedTuple):
 
 
 def case(seed: int, longest: int = 300, dtype: torch.dtype | None = None) -> Case:
-    """Holes in masks, NaN or large padding, empty texts and images, ties of exact products, one position, infinity."""
+    """Return holes in masks, NaN or large padding, empty texts and images, exact ties, one position, infinity."""
     rng = torch.Generator().manual_seed(seed)
 
     def pick(values):
@@ -34,7 +34,9 @@ def case(seed: int, longest: int = 300, dtype: torch.dtype | None = None) -> Cas
     def chance(share: float) -> bool:
         return torch.rand((), generator=rng).item() < share
 
-    I, J, D = pick([1, 2, 3, 5]), pick([1, 2, 4, 7]), pick([1, 4, 16, 20, 33, 64])  # noqa: E741
+    I = pick([1, 2, 3, 5])  # noqa: E741
+    J = pick([1, 2, 4, 7])
+    D = pick([1, 4, 16, 20, 33, 64])
     N, M = (pick([n for n in lengths if n <= longest]) for lengths in (PATCHES, TOKENS))
     kind = pick(["random"] * 3 + ["ties", "nan", "inf"])
     dtype = dtype or pick(DTYPES)
@@ -43,7 +45,8 @@ def case(seed: int, longest: int = 300, dtype: torch.dtype | None = None) -> Cas
         sides = [torch.randint(-2, 3, shape, generator=rng).double() / 4 for shape in shapes]
     else:
         sides = [F.normalize(torch.randn(shape, generator=rng).double(), dim=2) for shape in shapes]
-    token_mask, patch_mask = torch.rand(J, M, generator=rng) < pick([0.5, 0.8, 1.1]), None
+    token_mask = torch.rand(J, M, generator=rng) < pick([0.5, 0.8, 1.1])
+    patch_mask = None
     if chance(0.4):
         token_mask[0] = False
     if chance(0.3):
@@ -77,10 +80,11 @@ def check(scores, case: Case) -> None:
     *expected, expected_d_image, expected_d_text = with_gradients(cmli_scores_reference, case, double=True)
     limit = LIMITS[case.image.dtype]
     torch.testing.assert_close(ours, expected, rtol=0, atol=min(limit, 1e-6), equal_nan=True)
-    for gradient, right in ((d_image, expected_d_image), (d_text, expected_d_text)):
+    for gradient, expected_gradient in ((d_image, expected_d_image), (d_text, expected_d_text)):
         if case.kind in ("nan", "inf"):  # reaches no other gradients than in the reference
-            assert gradient[right.isfinite()].isfinite().all()
+            assert gradient[expected_gradient.isfinite()].isfinite().all()
         else:
-            torch.testing.assert_close(gradient, right, rtol=0, atol=limit * max(1e-3, right.abs().max().item()))
+            largest = max(1e-3, expected_gradient.abs().max().item())
+            torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=limit * largest)
     assert not d_text[~case.token_mask].any()
     assert case.patch_mask is None or not d_image[~case.patch_mask].any()

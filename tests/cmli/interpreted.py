@@ -14,7 +14,7 @@ from tests.cmli.cases import case, check
 real = interpreter.InterpreterBuilder.create_dot
 
 
-def create_dot(self, a, b, *others):
+def create_dot(self, a, b, *arguments):
     """The interpreter multiplies the bits of bf16 as integers."""
 
     def wide(x):
@@ -22,7 +22,7 @@ def create_dot(self, a, b, *others):
             return x
         return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
-    return real(self, wide(a), wide(b), *others)
+    return real(self, wide(a), wide(b), *arguments)
 
 
 interpreter.InterpreterBuilder.create_dot = create_dot

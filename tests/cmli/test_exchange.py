@@ -10,7 +10,10 @@ import torch.distributed as dist
 from ds_cmli.cmli import CMLILoss, PairLoss, exchange
 from tests import ranks
 
-B, N, M, D = 6, 9, 64, 32
+B = 6
+N = 9
+M = 64
+D = 32
 LENGTHS = [6, 18, 12, 3, 21, 12]  # 12 valid tokens on average
 OLD_NAMES = ("all_gather_into_tensor", "reduce_scatter_tensor")
 
@@ -23,14 +26,14 @@ def features(rank: int):
 
 
 def bytes_sent(rank: int, world: int) -> dict[str, int]:
-    """The bytes of texts and of their gradients that a rank's collectives move in a loss and its backward."""
+    """Return the bytes of texts and of their gradients that a rank's collectives move in a loss and its backward."""
     sizes = {}
 
     def counted(name, collective):
-        def call(output, given, *others):
-            if given.shape[-1] >= D:  # rows of features, and not numbers
-                sizes[name] = max(output.nbytes, given.nbytes)
-            return collective(output, given, *others)
+        def call(output, rows, *arguments):
+            if rows.shape[-1] >= D:  # rows of features, and not numbers
+                sizes[name] = max(output.nbytes, rows.nbytes)
+            return collective(output, rows, *arguments)
 
         return call
 

@@ -45,17 +45,19 @@ def duplicates_of(ids: Tensor) -> Tensor:
 
 def test_one_over_the_temperature_is_at_most_100_and_learned_above_it_too():
     *sides, _ = batch(False, True, torch.float32)
-    values, gradients = [], []
-    for scale in (100.0, 1000.0):
+
+    def value_and_gradient(scale: float) -> tuple[float, float]:
         loss = CMLILoss()
         loss.temperature.logit_scale.data.fill_(math.log(scale))
         value = loss(*sides)
         value.backward()
-        values.append(value.item())
-        gradients.append(loss.temperature.logit_scale.grad.item())
-    assert values[0] == pytest.approx(values[1], rel=1e-5)
-    assert gradients[0] == pytest.approx(gradients[1], rel=1e-3)
-    assert abs(gradients[1]) > 1e-3
+        return value.item(), loss.temperature.logit_scale.grad.item()
+
+    value, gradient = value_and_gradient(100.0)
+    value_above, gradient_above = value_and_gradient(1000.0)
+    assert value_above == pytest.approx(value, rel=1e-5)
+    assert gradient_above == pytest.approx(gradient, rel=1e-3)
+    assert abs(gradient) > 1e-3
 
 
 def test_the_length_of_features_does_not_count_and_zeros_have_a_gradient():
@@ -70,11 +72,12 @@ def test_the_length_of_features_does_not_count_and_zeros_have_a_gradient():
 
 
 def expected_results(vectors: bool, extra: bool, dtype, learned: Tensor) -> list[Tensor]:
-    """Loss of the whole batch, and gradients of image, text and learned parameters, in fp64."""
+    """Return the loss of the whole batch, and gradients of image, text and learned parameters, in fp64."""
     image, text, token_mask, patch_mask, ids = batch(vectors, extra, dtype)
     image, text = (x.double().requires_grad_() for x in (image, text))
     parameters = learned.double().requires_grad_()
-    unit_image, unit_text = l2_normalize(image), l2_normalize(text)
+    unit_image = l2_normalize(image)
+    unit_text = l2_normalize(text)
     if vectors:
         scores = [unit_image @ unit_text.t()] * 2
     else:
@@ -85,15 +88,15 @@ def expected_results(vectors: bool, extra: bool, dtype, learned: Tensor) -> list
 
 
 def results_of_rank(rank: int, world: int, vectors: bool, extra: bool, sigmoid: bool, dtype: torch.dtype) -> list:
-    """The same of a rank's part of the batch, for each scratch and size of blocks."""
-    own_pairs = slice(rank * G // world, (rank + 1) * G // world)
+    """Return the loss and gradients of a rank's part of the batch, for each scratch and size of blocks."""
+    rank_pairs = slice(rank * G // world, (rank + 1) * G // world)
     results = []
     # With 2**11 bytes of scratch some images keep their scores.
     for scratch_bytes, block_bytes in ((1, 1), (1, 2**24), (2**11, 1), (2**26, 2**24)):
         pair_function.CPU_BLOCK_BYTES = block_bytes
         loss = PairLoss(0.03, -2.0 if sigmoid else None, scratch_bytes=scratch_bytes).to(dtype)
         image, text, token_mask, patch_mask, ids = (
-            None if x is None else x[own_pairs].clone() for x in batch(vectors, extra, dtype)
+            None if x is None else x[rank_pairs].clone() for x in batch(vectors, extra, dtype)
         )
         if token_mask is not None:  # each rank pads its texts to its own longest
             ends = (token_mask * torch.arange(1, M + 1)).amax()
@@ -119,9 +122,8 @@ def test_any_ranks_blocks_and_scratch_give_the_loss_of_the_whole_batch(world, ve
         results = [results_of_rank(0, 1, *arguments)] if world == 1 else ranks.run(results_of_rank, world, *arguments)
         for setting in zip(*results, strict=True):
             # The mean over ranks is that of the whole batch.
-            values, d_images, d_texts, d_learneds = zip(
-                *([torch.as_tensor(x) / world for x in of_rank] for of_rank in setting), strict=True
-            )
+            scaled = ([torch.as_tensor(x) / world for x in rank_results] for rank_results in setting)
+            values, d_images, d_texts, d_learneds = zip(*scaled, strict=True)
             assert_close(sum(values), value, rtol=limit, atol=0)
             assert_close(sum(d_learneds), d_learned, rtol=limit, atol=limit)
             if not vectors:  # positions that a rank did not pad to have no gradient
@@ -131,7 +133,7 @@ def test_any_ranks_blocks_and_scratch_give_the_loss_of_the_whole_batch(world, ve
 
 
 def loss_and_gradients(loss, image, text, token_mask, call=lambda loss, *sides: loss(*sides)):
-    image, text = image.clone().requires_grad_(), text.clone().requires_grad_()
+    image, text = (x.clone().requires_grad_() for x in (image, text))
     value = call(loss, image, text, token_mask)
     return [value.detach(), *torch.autograd.grad(value, (image, text, *loss.parameters()))]
 
@@ -141,9 +143,9 @@ def test_two_runs_have_the_same_bits_also_checkpointed():
     loss = CMLILoss()
     first = loss_and_gradients(loss, image, text, token_mask)
     again = loss_and_gradients(copy.deepcopy(loss), image, text, token_mask)
-    assert all(map(torch.equal, first, again))
+    assert_close(again, first, rtol=0, atol=0)
     checkpointed = loss_and_gradients(loss, image, text, token_mask, partial(checkpoint, use_reentrant=False))
-    assert all(map(torch.equal, first, checkpointed))
+    assert_close(checkpointed, first, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

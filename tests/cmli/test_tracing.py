@@ -63,8 +63,8 @@ def test_make_fx_records_scores_losses_and_their_gradients(kind, mode):
         return out, *torch.autograd.grad(out.square().sum(), (image, module.projection.weight))
 
     traced = make_fx(gradient, tracing_mode=mode, _allow_non_fake_inputs=True)(IMAGE, TEXT, MASK)
-    others = 2 * IMAGE, -TEXT, ~MASK  # values that the trace has not seen
-    assert_close(traced(*others), gradient(*others))
+    other_inputs = 2 * IMAGE, -TEXT, ~MASK  # values that the trace has not seen
+    assert_close(traced(*other_inputs), gradient(*other_inputs))
 
 
 @pytest.mark.slow

@@ -26,6 +26,10 @@ SLOW = [(86, torch.float16), (90, torch.bfloat16), (90, torch.float32), (100, to
 CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
 STARTED = {triton_forward: ["forward_kernel", "combine_kernel"], triton_backward: ["gradient_kernel"]}
 SPILLS = {(90, torch.bfloat16): 48} | {(100, torch.bfloat16): 512}  # bytes; sm_100 is new
+# Compute capability, and bytes that a block may use.
+A100 = ((8, 0), SHARED[80] * 1024)
+A10 = ((8, 6), SHARED[86] * 1024)
+H100 = ((9, 0), SHARED[90] * 1024)
 PRODUCTS = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
@@ -63,7 +67,7 @@ def kernels_for(monkeypatch):
 
 
 def spilled(kernel, file: Path) -> int:
-    """Bytes of stack and local memory."""
+    """Return the bytes of stack and local memory."""
     file.write_bytes(kernel.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     usage = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True)
@@ -71,7 +75,7 @@ def spilled(kernel, file: Path) -> int:
 
 
 def test_triton_interpreted():
-    """In a process of its own: a variable must be set before triton is imported. Races of threads it does not show."""
+    """Run in another process, because a variable must be set before triton is imported. It shows no races."""
     env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.cmli.interpreted", *"01234567"]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -93,9 +97,6 @@ def test_kernels_fit_and_use_tensor_cores(kernels_for, tmp_path, target, dtype):
             assert "tf32" not in kernel.asm["ptx"]
         elif kernel.name != "combine_kernel":  # which has no products
             assert PRODUCTS.get(target, "mma.sync") in kernel.asm["ptx"]
-
-
-A100, A10, H100 = ((8, 0), 163 * 1024), ((8, 6), 99 * 1024), ((9, 0), 227 * 1024)
 
 
 @pytest.mark.parametrize(
@@ -120,5 +121,5 @@ def test_tiles_are_those_that_were_chosen_by_their_compiled_kernels(D, dtype, gp
 )
 def test_gpus_that_do_not_run_the_kernels_are_known(monkeypatch, capability, version, reason):
     monkeypatch.setattr(triton, "__version__", version)
-    found = triton_forward.why_not_capability(capability)
-    assert found is None if reason is None else reason in found
+    line = triton_forward.unsuited(capability)
+    assert line is None if reason is None else reason in line

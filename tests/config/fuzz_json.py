@@ -1,19 +1,15 @@
-"""DeepSpeed JSONs by chance: `python -m tests.config.fuzz_json FOLDER [NUMBER] [TRAININGS] [SEED]`.
+"""DeepSpeed JSONs by chance: a valid one with one to three random changes.
 
-A JSON is a valid one with one to three random changes. It is refused in one line, or every value that it gives arrives
-in the configuration with its type. Of the accepted ones some are trained for two steps.
+It is refused in one line, or every value that it gives arrives in the configuration with its type.
 """
 
 import copy
 import json
 import random
-import sys
-from pathlib import Path
 from typing import Any
 
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.errors import UserError
-from tests import make
 
 # Sections with their keys, and a value that is usual for each.
 USUAL: dict[str, dict[str, Any]] = json.loads("""{
@@ -62,7 +58,7 @@ WRONG: tuple[Any, ...] = (
 
 
 def draw_json(draw: random.Random) -> dict[str, Any]:
-    """A valid JSON of some sections, with one to three changes."""
+    """Return a valid JSON of some sections, with one to three changes."""
     content: dict[str, Any] = {"zero_optimization": {"stage": draw.choice((1, 2, 3))}}
     for name in draw.sample(sorted(USUAL), draw.randint(1, 4)):
         section = section_of(content, name)
@@ -80,7 +76,7 @@ def draw_json(draw: random.Random) -> dict[str, Any]:
 
 
 def section_of(content: dict[str, Any], name: str) -> dict[str, Any]:
-    """The section of that dotted name, made if it is missing or is no section."""
+    """Return the section of that dotted name. Make it if it is missing or is no section."""
     for part in filter(None, name.split(".")):
         if not isinstance(content.get(part), dict):
             content[part] = {"type": USUAL[part]["type"]} if part in KINDS else {}
@@ -88,59 +84,25 @@ def section_of(content: dict[str, Any], name: str) -> dict[str, Any]:
     return content
 
 
-def lost_values(given: Any, kept: Any, path: str = "") -> list[str]:
-    """The settings that were given and are not kept with their value and, for a boolean, their type."""
-    if isinstance(given, dict) and isinstance(kept, dict):
+def lost_values(content: Any, kept: Any, path: str = "") -> list[str]:
+    """Return the settings that are not kept with their value and, for a boolean, their type."""
+    if isinstance(content, dict) and isinstance(kept, dict):
         lost = []
-        for key, value in given.items():
+        for key, value in content.items():
             asks_for_nothing = value in (None, False, {}, {"enabled": False})
             if key in kept or not asks_for_nothing:
                 lost += lost_values(value, kept.get(key), f"{path}{key}.")
         return lost
-    same = given == kept and isinstance(given, bool) == isinstance(kept, bool)
+    same = content == kept and isinstance(content, bool) == isinstance(kept, bool)
     return [] if same else [path.strip(".")]
 
 
 def read(content: dict[str, Any]) -> DeepSpeedConfig | None:
-    """The configuration, or None for a JSON that is refused in one line. Raises AssertionError."""
+    """Return the configuration, or None if the JSON is refused in one line. Raises AssertionError."""
     try:
         config = DeepSpeedConfig.of(content)
     except UserError as error:
-        line = str(error)
-        assert "\n" not in line and "Traceback" not in line, line
+        assert "\n" not in str(error) and "Traceback" not in str(error), error
         return None
     assert not lost_values(content, config), (content, lost_values(content, config))
     return config
-
-
-def train_two_steps(content: dict[str, Any], folder: Path) -> str:
-    """Train in this process; how it ended: "trained", "error: ..." of a mistake, or "FAILED: ..."."""
-    folder.mkdir(parents=True)
-    file = make.json_file(folder / "ds.json", content)
-    options = {"--deepspeed_config": file, "--steps": 2, "--output-dir": folder / "run", "--micro-batch": 4}
-    try:
-        make.train(*make.small(options, {"optim.warmup_share": 0.5}))
-    except UserError as error:
-        return "error: " + str(error).replace("\n", "FAILED: two lines ")
-    except Exception as error:
-        return f"FAILED: {type(error).__name__}: {error}"
-    return "trained"
-
-
-def main(folder: str, number: str = "2000", start: str = "100", seed: str = "0") -> None:
-    draw = random.Random(int(seed))
-    accepted = []
-    for _ in range(int(number)):
-        content = draw_json(draw)
-        try:
-            if read(content) is not None:
-                accepted.append(content)
-        except Exception as error:
-            print(f"FAILED to read {content}: {type(error).__name__}: {error}", flush=True)
-    print(f"{number} JSONs: {len(accepted)} accepted, the others refused in one line", flush=True)
-    for run, content in enumerate(draw.sample(accepted, min(int(start), len(accepted)))):
-        print(train_two_steps(content, Path(folder, str(run)))[:400], json.dumps(content), flush=True)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

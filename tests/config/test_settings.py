@@ -13,19 +13,12 @@ from ds_cmli.config.options import ConfigCommand
 from ds_cmli.config.presets import PRESETS, load_preset
 from ds_cmli.config.schema import SECTIONS, Config, load_config
 from ds_cmli.errors import UserError
+from tests import make
 from tests.models.sources import clip
 
-SETTINGS = [f"{of}.{field.name}" for of, kind in SECTIONS.items() for field in dataclasses.fields(kind)]
+SETTINGS = [f"{section}.{field.name}" for section, kind in SECTIONS.items() for field in dataclasses.fields(kind)]
 FREE = ("image_overrides", "text_overrides", "overrides")  # of other libraries' models, which know what they take
 TINY = load_preset("tiny", {})
-
-
-def refused(action, *arguments) -> str:
-    with pytest.raises(UserError) as error:
-        action(*arguments)
-    line = str(error.value)
-    assert "\n" not in line
-    return line
 
 
 def resolved(*words: str) -> Config:
@@ -56,7 +49,7 @@ def test_who_starts_from_a_model_gets_its_preset_unless_another_is_named(tmp_pat
     assert load_preset(None, {"student": student}).run.preset == "finetune"
     assert load_preset(None, {"student": student, "run": {"preset": "quick"}}).run.preset == "quick"
     assert load_preset(None, {}).run.preset == "quick"
-    assert "needs the model to start from" in refused(load_preset, "finetune", {})
+    assert "needs the model to start from" in make.refused(load_preset, "finetune", {})
 
 
 def test_the_last_one_given_counts():
@@ -80,7 +73,7 @@ def test_no_setting_takes_a_value_of_a_wrong_type(name):
     good = getattr(getattr(TINY, section), key)
     for value in (float("nan"), float("inf"), [[]], [None], "\0", "x" * 5000, 10**400, {"a": {}}, b"1"):
         if not (isinstance(value, dict) and key in FREE):
-            line = refused(load_preset, "tiny", {section: {key: value}})
+            line = make.refused(load_preset, "tiny", {section: {key: value}})
             assert line.startswith(name) and ": " in line
     for value in (True, 1, 1.5, "text", [1], {}, None):
         try:
@@ -108,7 +101,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize("sections, line", MISTAKES, ids=[line[:30] for _, line in MISTAKES])
 def test_mistakes_name_setting_value_and_remedy(sections, line):
-    assert line in refused(ds_cmli.fit, sections)
+    assert line in make.refused(ds_cmli.fit, sections)
 
 
 def test_the_config_of_a_run_is_whole_or_one_line(tmp_path):
@@ -117,25 +110,25 @@ def test_the_config_of_a_run_is_whole_or_one_line(tmp_path):
     for content in (None, b"{", b'{"config": []}', b'{"config": {"student": {"new": 1}}}', b"[" * 3000, plugins):
         if content is not None:
             (tmp_path / "run.json").write_bytes(content)
-        line = refused(load_config, tmp_path / "run.json", "--checkpoint")
+        line = make.refused(load_config, tmp_path / "run.json", "--checkpoint")
         assert line.startswith(f"--checkpoint is {str(tmp_path)!r}: {words}"), content
     (tmp_path / "run.json").write_text(json.dumps({"config": TINY.to_dict()}))
     assert load_config(tmp_path / "run.json", "--checkpoint") == TINY
 
 
 def test_what_a_resumed_run_must_have_kept():
-    def of(stage, sources, **changes):
+    def kept(stage, sources, **changes):
         config = load_preset("tiny", changes)
         return settings_to_keep(
             config, {"zero_optimization": {"stage": stage}, "wall_clock_breakdown": stage > 1}, sources
         )
 
-    before = of(1, {"demo": "abc"})
+    first_settings = kept(1, {"demo": "abc"})
     free = {"run": {"output_dir": "x", "match_maps": 2}, "data": {"workers": 3}}
-    assert list(setting_changes(before, of(1, {"demo": "abc"}, **free))) == []
+    assert list(setting_changes(first_settings, kept(1, {"demo": "abc"}, **free))) == []
     changes = {"optim": {"lr": 2}, "run": {"seed": 1}, "student": {"lora": {"text": ["q"]}}}
-    now = of(2, {"demo": "abc", "b": "c"}, data={"caption_weights": {"text": 1}}, **changes)
-    assert list(setting_changes(before, now)) == [
+    settings = kept(2, {"demo": "abc", "b": "c"}, data={"caption_weights": {"text": 1}}, **changes)
+    assert list(setting_changes(first_settings, settings)) == [
         'data.caption_weights: null -> {"text": 1.0}',
         "deepspeed.zero_optimization.stage: 1 -> 2",
         "optim.lr: 0.001 -> 2.0",

@@ -15,7 +15,8 @@ from ds_cmli.errors import UserError
 @pytest.fixture
 def packaged(tmp_path, monkeypatch):
     """An asset whose wheel is in a folder that pip is told of."""
-    content, wheels = io.BytesIO(), tmp_path / "wheels"
+    content = io.BytesIO()
+    wheels = tmp_path / "wheels"
     with zipfile.ZipFile(content, "w") as archive:
         archive.writestr("toy/data.txt", "content")
         archive.writestr("toy-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
@@ -40,19 +41,18 @@ def packaged(tmp_path, monkeypatch):
 
 def test_two_processes_fetch_an_asset_once_and_then_it_needs_no_index(packaged, monkeypatch, capfd):
     with get_context("fork").Pool(2) as pool:
-        folders = pool.map(assets.fetch, ["toy", "toy"])
-    assert folders[0] == folders[1] and (folders[0] / "data.txt").read_text() == "content"
+        folder, same_folder = pool.map(assets.fetch, ["toy", "toy"])
+    assert folder == same_folder and (folder / "data.txt").read_text() == "content"
     assert capfd.readouterr().out.count("fetching") == 1
     monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
-    assert assets.fetch("toy") == folders[0]
+    assert assets.fetch("toy") == folder
     assert sorted(p.name for p in (packaged / "cache").iterdir()) == ["toy-1.0", "toy-1.0.lock"]
 
 
 def test_what_pip_cannot_fetch_is_one_line(packaged, monkeypatch):
     assets.PINS.write_text(f"toy==1.0 --hash=sha256:{'0' * 64}\n")
-    with pytest.raises(UserError, match=r"toy==1\.0 cannot be fetched \(Got .*DS_CMLI_CACHE") as error:
+    with pytest.raises(UserError, match=r"^toy==1\.0 cannot be fetched \(Got [^\n]*DS_CMLI_CACHE[^\n]*$"):
         assets.fetch("toy")
-    assert "\n" not in str(error.value)
     assert not (packaged / "cache/toy-1.0").exists()
     monkeypatch.setattr(assets.sys, "executable", "/bin/false")
     with pytest.raises(UserError, match=r"cannot be fetched \(pip exits with 1\)"):
@@ -64,12 +64,12 @@ def test_only_what_a_run_uses_is_fetched():
     assert assets.used(load_preset("quick", {})) == ["pictures", "minilm", "vit"]
     local = {"student": {"image_weights": "random", "text_weights": "random"}}
     for losses, expected in ({"cmli": 1.0}, []), ({"target_cmli": 1.0}, ["vit"]):  # what needs no teacher fetches none
-        given = local | {"loss": {"weights": losses}, "data": {"source": "pictures", "tokenizer": "builtin"}}
-        assert assets.used(load_preset("quick", given)) == expected
+        sections = local | {"loss": {"weights": losses}, "data": {"source": "pictures", "tokenizer": "builtin"}}
+        assert assets.used(load_preset("quick", sections)) == expected
 
 
 def field(number, content):
-    """A field of a message of Protocol Buffers: a small number, or bytes."""
+    """Return a field of a message of Protocol Buffers: a small number, or bytes."""
     if isinstance(content, int):
         return bytes([8 * number, content])
     return bytes([8 * number + 2, len(content) % 128 + 128, len(content) // 128]) + content

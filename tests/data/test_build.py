@@ -6,7 +6,7 @@ import pytest
 
 from ds_cmli.config.comparison import setting_changes
 from ds_cmli.config.presets import load_preset
-from ds_cmli.data.build import build_data, build_eval_data
+from ds_cmli.data.build import build_eval_data
 from ds_cmli.data.held_out import evaluation_data, hold_out
 from ds_cmli.data.opening import expand, split_weights
 from ds_cmli.errors import UserError
@@ -18,7 +18,7 @@ def config(**settings):
 
 
 def sizes(**settings):
-    opened = build_data(config(**settings), 0)
+    opened = make.data(**settings)
     return len(opened.train), {name: len(split) for name, split in opened.evals.items()}
 
 
@@ -52,21 +52,23 @@ def test_weights_belong_to_all_sources_or_none():
 
 def test_a_share_is_held_out_by_name_whatever_the_order(tmp_path):
     make.pairs(tmp_path / "a", 40)
-    first = build_data(config(source=str(tmp_path / "a"), held_out=8), 0)
+    first = make.data(tmp_path / "a", held_out=8)
     lines = (tmp_path / "a/metadata.jsonl").read_text().splitlines()
     (tmp_path / "a/metadata.jsonl").write_text("\n".join(reversed(lines)))
-    again = build_data(config(source=str(tmp_path / "a"), held_out=0.2), 1)
-    names = [{data.evals["val"].name(i) for i in range(8)} for data in (first, again)]
-    assert names[0] == names[1]
-    assert not names[0] & {first.train.images.name(i) for i in range(32)}
+    again = make.data(tmp_path / "a", seed=1, held_out=0.2)
+    names, names_again = ({data.evals["val"].name(i) for i in range(8)} for data in (first, again))
+    assert names == names_again
+    assert not names & {first.train.images.name(i) for i in range(32)}
     assert sizes(source=str(tmp_path / "a")) == (38, {"val": 2})
     with pytest.raises(UserError, match="leaves none to train on"):
         hold_out("a", first.train.images.sources[0][0], 40)
 
 
 def test_parts_of_the_source_and_other_data_are_evaluated_on(tmp_path):
-    make.pairs(tmp_path / "a/train", 12), make.pairs(tmp_path / "a/validation", 5), make.pairs(tmp_path / "b", 7)
-    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    make.pairs(tmp_path / "a/train", 12)
+    make.pairs(tmp_path / "a/validation", 5)
+    a = str(tmp_path / "a")
+    b = make.pairs(tmp_path / "b", 7)
     assert sizes(source=a) == (12, {"val": 5})
     assert sizes(source=b, val_source=a) == (7, {"val": 5})
     assert sizes(source=[a, b], held_out=3) == (16, {"val": 8})
@@ -76,11 +78,12 @@ def test_parts_of_the_source_and_other_data_are_evaluated_on(tmp_path):
     assert len(build_eval_data(config(source=a), 0, "val")[0]["val"]) == 5
     shutil.copy(tmp_path / "a/train/metadata.jsonl", tmp_path / "a/train/metadata.csv")
     with pytest.raises(UserError, match="keep one for train"):
-        build_data(config(source=a), 0)
+        make.data(a)
 
 
 def test_evaluation_of_a_run_on_its_own_and_on_other_data(tmp_path, monkeypatch):
-    make.pairs(tmp_path / "a", 20), make.pairs(tmp_path / "b", 7, column="german")
+    make.pairs(tmp_path / "a", 20)
+    make.pairs(tmp_path / "b", 7, column="german")
     run = config(source=str(tmp_path / "a"), held_out=4, image_root=str(tmp_path / "a"), image_key="file_name")
     assert len(build_eval_data(evaluation_data(run, str(tmp_path / "a")), 0, None)[0]["val"]) == 4
     other = evaluation_data(run, str(tmp_path / "b"))
@@ -92,7 +95,8 @@ def test_evaluation_of_a_run_on_its_own_and_on_other_data(tmp_path, monkeypatch)
 
 
 def test_kinds_are_found_by_what_a_folder_holds(tmp_path):
-    make.pairs(tmp_path / "listed"), make.parquet(tmp_path / "hub/data", 20)
+    make.pairs(tmp_path / "listed")
+    make.parquet(tmp_path / "hub/data", 20)
     (tmp_path / "hub/README.md").write_text("a clone of the hub")
     (tmp_path / "tars").mkdir()
     make.tar(tmp_path / "tars/00000.tar")
@@ -102,7 +106,7 @@ def test_kinds_are_found_by_what_a_folder_holds(tmp_path):
     for file in (tmp_path / "listed").iterdir():  # as `hf download` fills a folder
         (linked / file.name).symlink_to(file)
     for name, kind in (("listed", "a folder"), ("hub", "parquet"), ("tars", "tar"), ("linked", "a folder")):
-        opened = build_data(config(source=str(tmp_path / name), held_out=4), 0)
+        opened = make.data(tmp_path / name, held_out=4)
         assert len(opened.train) in (16, 20) and kind in opened.summary[0]
 
 
@@ -112,14 +116,14 @@ def test_a_folder_of_no_kind_is_refused_in_two_lines_the_nearest_guess_first(tmp
     guesses = {"images": "metadata.csv", "classes": "by class", "other": "x.bin"}
     for name, guess in guesses.items():
         with pytest.raises(UserError) as error:
-            build_data(config(source=str(tmp_path / name)), 0)
+            make.data(tmp_path / name)
         first, second = str(error.value).splitlines()
         assert guess in first and name in first and second.startswith("accepted are")
 
 
 @pytest.mark.parametrize(("num_held_out", "is_told"), [(99, True), (100, False)])
 def test_few_held_out_pictures_are_a_line(tmp_path, num_held_out, is_told):
-    summary = build_data(config(source=make.pairs(tmp_path / "pairs", 110), held_out=num_held_out), 0).summary
+    summary = make.data(make.pairs(tmp_path / "pairs", 110), held_out=num_held_out).summary
     line = "only 99 pictures are held out: recalls of fewer than 100 are mostly chance (data.held_out, data.val_source)"
     assert (line in summary) == is_told == any("are held out: recalls" in line for line in summary)
 
@@ -150,27 +154,30 @@ def test_a_change_of_the_data_and_of_the_validation_data_is_noticed(tmp_path, ch
     make_data, change_data = CHANGES[change]
     for name in ("data", "validation"):
         make_data(tmp_path / name)
-    settings = config(source=str(tmp_path / "data"), val_source=str(tmp_path / "validation"))
-    first = build_data(settings, 0).fingerprint
+    sources = {"source": str(tmp_path / "data"), "val_source": str(tmp_path / "validation")}
+    first = make.data(**sources).fingerprint
     for file in (tmp_path / changed).iterdir():
         file.touch()  # its date does not count
-    assert build_data(settings, 0).fingerprint == first
+    assert make.data(**sources).fingerprint == first
     change_data(tmp_path / changed)
-    assert build_data(settings, 0).fingerprint != first
+    assert make.data(**sources).fingerprint != first
 
 
 def test_other_places_in_a_tar_of_the_same_size_are_noticed(tmp_path):
     members = [("0000.png", make.png(0)), ("0000.txt", b"a"), ("0001.png", make.png(1)), ("0001.txt", b"b")]
-    marks = []
-    for order in ((0, 1, 2, 3), (2, 0, 1, 3)):
+
+    def fingerprint(*order: int) -> dict:
         make.shard(tmp_path / "0.tar", [members[n] for n in order])
-        marks.append(build_data(config(source=str(tmp_path)), 0).fingerprint[str(tmp_path)])
-    assert marks[0] != marks[1] and marks[0]["files"] == marks[1]["files"]
+        return make.data(tmp_path).fingerprint[str(tmp_path)]
+
+    first = fingerprint(0, 1, 2, 3)
+    changed = fingerprint(2, 0, 1, 3)
+    assert first != changed and first["files"] == changed["files"]
 
 
 def test_an_earlier_fingerprint_is_compared_in_what_it_has():
-    before = {"sources": {"a": {"images": 4}}}
-    assert not list(setting_changes(before, {"sources": {"a": {"images": 4, "index": "x"}}}))
+    earlier = {"sources": {"a": {"images": 4}}}
+    assert not list(setting_changes(earlier, {"sources": {"a": {"images": 4, "index": "x"}}}))
     more_images = {"sources": {"a": {"images": 5, "index": "x"}}}
-    assert list(setting_changes(before, more_images)) == ["sources.a.images: 4 -> 5"]
-    assert list(setting_changes(before, {"sources": {"b": {"images": 4}}}))
+    assert list(setting_changes(earlier, more_images)) == ["sources.a.images: 4 -> 5"]
+    assert list(setting_changes(earlier, {"sources": {"b": {"images": 4}}}))

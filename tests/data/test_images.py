@@ -16,14 +16,14 @@ def stored(image, kind="PNG", **options):
 
 
 def corners(width=60, height=40):
-    """A red image with a blue left half."""
+    """Return a red image with a blue left half."""
     image = Image.new("RGB", (width, height), "red")
     image.paste("blue", (0, 0, width // 2, height))
     return image
 
 
-def close(pixels, colour, most=3):
-    return (pixels.int() - torch.tensor(colour)[:, None, None]).abs().max() <= most
+def close(pixels, colour, limit=3):
+    return (pixels.int() - torch.tensor(colour)[:, None, None]).abs().max() <= limit
 
 
 @pytest.mark.parametrize("resize", ["crop", "shortest", "squash"])
@@ -31,17 +31,17 @@ def close(pixels, colour, most=3):
 def test_resizing_equals_pillow_but_for_the_last_bit(resize, interpolation):
     noise = np.random.default_rng(0).integers(0, 255, (50, 73, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
-    way = Image.Resampling[interpolation.upper()]
+    filter_ = Image.Resampling[interpolation.upper()]
     expected = {
-        "crop": image.crop((11, 0, 61, 50)).resize((20, 20), way),
-        "shortest": image.resize((29, 20), way).crop((4, 0, 24, 20)),
-        "squash": image.resize((20, 20), way),
+        "crop": image.crop((11, 0, 61, 50)).resize((20, 20), filter_),
+        "shortest": image.resize((29, 20), filter_).crop((4, 0, 24, 20)),
+        "squash": image.resize((20, 20), filter_),
     }[resize]
     ours = View(20, resize, interpolation)(stored(image)).permute(1, 2, 0).numpy().astype(int)
     assert np.abs(ours - np.asarray(expected).astype(int)).max() <= 1
     if resize != "crop":
-        by_pillow = View(20, f"{resize}_pillow", interpolation)(stored(image)).permute(1, 2, 0).numpy()
-        assert (by_pillow == np.asarray(expected)).all()
+        pixels = View(20, f"{resize}_pillow", interpolation)(stored(image)).permute(1, 2, 0).numpy()
+        assert (pixels == np.asarray(expected)).all()
 
 
 def test_a_large_jpeg_is_decoded_at_a_smaller_scale_and_turned_upright():
@@ -79,19 +79,21 @@ def augmented(seed=0, **strengths):
 
 
 def test_views_are_a_function_of_seed_turn_and_index():
-    view, content = augmented(random_resized_crop=0.2, color_jitter=0.4, horizontal_flip=0.5), stored(corners())
+    view = augmented(random_resized_crop=0.2, color_jitter=0.4, horizontal_flip=0.5)
+    content = stored(corners())
     state = torch.get_rng_state()
     first = view(content, 3, 7)
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(5)
     assert torch.equal(view(content, 3, 7), first)
-    others = [view(content, 3, 8), view(content, 4, 7), augmented(1, random_resized_crop=0.2)(content, 3, 7)]
-    assert not any(torch.equal(first, other) for other in others)
+    other_views = [view(content, 3, 8), view(content, 4, 7), augmented(1, random_resized_crop=0.2)(content, 3, 7)]
+    assert not any(torch.equal(first, other_view) for other_view in other_views)
 
 
 def test_flips_have_their_probability():
     content = stored(corners())
-    view, plain = augmented(horizontal_flip=0.25), View(16)(content)
+    view = augmented(horizontal_flip=0.25)
+    plain = View(16)(content)
     images = [view(content, 0, index) for index in range(400)]
     num_flipped = sum(torch.equal(image, plain.flip(-1)) for image in images)
     assert 70 < num_flipped < 130

@@ -1,4 +1,4 @@
-"""The windowed order: each sample once, few shards at a time, the same on any ranks, small at a billion samples."""
+"""Orders: each sample once; in windows few shards at a time, the same on any ranks, small at a billion samples."""
 
 import random
 import tracemalloc
@@ -12,13 +12,14 @@ from ds_cmli.data.order import FullOrder, ShardLanes, WindowedOrder, split_draws
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.errors import UserError
 
-SIZES = {
-    "one": ([[9]], 4),
-    "equal": ([[10] * 12], 4),
-    "uneven": ([[3, 17, 1, 40, 8, 8, 25]], 3),
-    "fewer shards than lanes": ([[5, 6]], 8),
-    "fewer samples than lanes": ([[2, 1]], 64),
-    "two sources": ([[30, 20, 10], [7, 7, 7, 7]], 4),
+ORDERS = {  # number of samples, and the order
+    "full": (20, lambda: FullOrder([12, 8])),
+    "one": (9, lambda: WindowedOrder([[9]], 4)),
+    "equal": (120, lambda: WindowedOrder([[10] * 12], 4)),
+    "uneven": (102, lambda: WindowedOrder([[3, 17, 1, 40, 8, 8, 25]], 3)),
+    "fewer shards than lanes": (11, lambda: WindowedOrder([[5, 6]], 8)),
+    "fewer samples than lanes": (3, lambda: WindowedOrder([[2, 1]], 64)),
+    "two sources": (88, lambda: WindowedOrder([[30, 20, 10], [7, 7, 7, 7]], 4)),
 }
 
 
@@ -26,17 +27,20 @@ def whole_epoch(order, epoch: int = 0):
     return order.samples(np.arange(order.length), 3, epoch)
 
 
-@pytest.mark.parametrize(("sizes", "window"), SIZES.values(), ids=SIZES)
-def test_an_epoch_has_each_sample_once_and_is_read_from_any_place(sizes, window):
-    orders = [whole_epoch(WindowedOrder(sizes, window), epoch) for epoch in range(2)]
-    for epoch, order in enumerate(orders):
-        assert sorted(order.indices) == list(range(sum(map(sum, sizes))))
+@pytest.mark.parametrize(("num_samples", "make_order"), ORDERS.values(), ids=ORDERS)
+def test_an_epoch_has_each_sample_once_and_is_read_from_any_place(num_samples, make_order):
+    first, second = (whole_epoch(make_order(), epoch) for epoch in range(2))
+    for epoch, order in enumerate((first, second)):
+        assert sorted(order.indices) == list(range(num_samples))
         assert set(order.turns) == {epoch}
-    assert len(orders[0].indices) < 5 or (orders[0].indices != orders[1].indices).any()
+    if num_samples >= 5:
+        assert (first.indices != second.indices).any()
+        another_seed = make_order().at(np.arange(num_samples), 4, 1)
+        assert (another_seed.indices != second.indices).any()
     chance = random.Random(0)
     for _ in range(5):
-        positions = np.array(chance.sample(range(len(orders[1].indices)), 3))
-        assert (WindowedOrder(sizes, window).samples(positions, 3, 1).indices == orders[1].indices[positions]).all()
+        positions = np.array(chance.sample(range(num_samples), 3))
+        assert (make_order().at(positions, 3, 1).indices == second.indices[positions]).all()
 
 
 def test_places_worked_out_by_hand():
@@ -57,52 +61,14 @@ def test_a_rank_reads_its_lanes_alone():
         assert len(set(shards)) == 8 // ranks
 
 
-def resumed(order, batches: list[tuple[int, int, int]]) -> list[list[tuple[int, int]]]:
-    """The sorted draws of each global batch of stretches on `ranks` with `micro_batch`, so many batches each."""
-    state = None
-    seen = []
-    for ranks, micro_batch, count in batches:
-        samplers = [GlobalBatchSampler(order, micro_batch, rank, ranks, 5) for rank in range(ranks)]
-        for sampler in samplers:
-            if state is not None:
-                sampler.load_state_dict(state)
-        iterators = [iter(sampler) for sampler in samplers]
-        for _ in range(count):
-            seen.append(sorted(tuple(draw) for iterator in iterators for draw in next(iterator)))
-            for sampler in samplers:
-                sampler.advance()
-        state = samplers[0].state_dict()
-    return seen
-
-
-ORDERS = {
-    "full": lambda: FullOrder([300, 91]),
-    "full, weighted": lambda: FullOrder([300, 91], [1.0, 2.0]),
-    "windowed": lambda: WindowedOrder([[100, 60, 140], [31, 30, 30]], 5),
-    "windowed, weighted": lambda: WindowedOrder([[100, 60, 140], [31, 30, 30]], 5, [1.0, 2.0]),
-}
-
-
-@pytest.mark.parametrize("make_order", ORDERS.values(), ids=ORDERS)
-def test_stopped_anywhere_and_gone_on_with_elsewhere_the_global_batches_are_those_of_one_rank(make_order):
-    chance = random.Random(1)
-    whole = resumed(make_order(), [(1, 30, 40)])
-    for ranks in (1, 2, 3, 5):
-        stop = chance.randint(1, 30)
-        before = chance.choice([1, 2, 3, 5])
-        assert resumed(make_order(), [(before, 30 // before, stop), (ranks, 30 // ranks, 40 - stop)]) == whole
-    # Another global batch goes on with the samples that are left, in the same order.
-    taken = resumed(make_order(), [(1, 30, 5), (2, 10, 3), (3, 5, 2)])
-    flat = [draw for batch in resumed(make_order(), [(1, 10, 24)]) for draw in batch]
-    assert sorted(draw for batch in taken for draw in batch) == sorted(flat)
-
-
+@pytest.mark.parametrize("is_windowed", [False, True])
 @pytest.mark.parametrize("weights", [[7.0, 3.0], [1.0, 50.0], [1.0, 1e-9]])
-def test_a_windowed_mixture_takes_its_shares_and_every_sample_before_one_again(weights):
-    sizes = [np.array([50, 30, 40, 700]), np.array([20, 25, 5])]
-    order = WindowedOrder(sizes, 8, weights)
+def test_a_mixture_takes_its_shares_and_every_sample_before_one_again(is_windowed, weights):
+    shards = [np.array([50, 30, 40, 700]), np.array([20, 25, 5])]
+    order = WindowedOrder(shards, 8, weights) if is_windowed else FullOrder([820, 50], weights)
     epochs = [whole_epoch(order, epoch) for epoch in range(4)]
-    shares = [8 * share for share in split_draws(870 // 8, weights)]
+    # In windows each of 8 lanes is a mixture.
+    shares = [8 * share for share in split_draws(870 // 8, weights)] if is_windowed else split_draws(870, weights)
     for epoch in epochs:
         assert [(epoch.indices < 820).sum(), (epoch.indices >= 820).sum()] == shares
     draws = Counter(pair for epoch in epochs for pair in zip(epoch.indices.tolist(), epoch.turns.tolist(), strict=True))
@@ -111,6 +77,12 @@ def test_a_windowed_mixture_takes_its_shares_and_every_sample_before_one_again(w
         turns = Counter(turn for index, turn in draws if first <= index < first + length)
         *complete, last = sorted(turns)
         assert all(turns[turn] == length for turn in complete) and 0 < turns[last] <= length
+    assert split_draws(10, [1, 1, 1e-9]) == [5, 4, 1]  # each source keeps one
+
+
+def test_a_full_mixture_is_mixed_and_not_one_source_after_the_other():
+    first_half = FullOrder([30, 10], [1.0, 3.0]).at(np.arange(20), 0, 0)  # of 10 and 30 draws
+    assert 0 < (first_half.indices < 30).sum() < 10
 
 
 def test_each_batch_of_a_windowed_mixture_has_all_sources_by_their_shares():
@@ -162,11 +134,11 @@ def test_the_full_order_holds_four_bytes_a_sample():
 
 
 def test_a_run_goes_on_in_the_order_that_it_began_in():
-    sampler = GlobalBatchSampler(WindowedOrder([[50, 50]], 2), 10, 0, 1, 0)
-    other = GlobalBatchSampler(100, 10, 0, 1, 0)
+    windowed = GlobalBatchSampler(WindowedOrder([[50, 50]], 2), 10, 0, 1, 0)
+    full_order = GlobalBatchSampler(100, 10, 0, 1, 0)
     with pytest.raises(UserError, match=r"shuffled 2 shards together: give --set data\.shuffle_window=2"):
-        other.load_state_dict(sampler.state_dict())
-    before_windows = {name: value for name, value in other.state_dict().items() if name != "window"}
+        full_order.load_state_dict(windowed.state_dict())
+    before_windows = {name: value for name, value in full_order.state_dict().items() if name != "window"}
     with pytest.raises(UserError, match=r"shuffled all shards together: give --set data\.shuffle_window=0"):
-        sampler.load_state_dict(before_windows)
-    other.load_state_dict(before_windows)
+        windowed.load_state_dict(before_windows)
+    full_order.load_state_dict(before_windows)

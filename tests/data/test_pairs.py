@@ -6,20 +6,33 @@ from types import SimpleNamespace
 import datasets
 import pytest
 
-from ds_cmli.config.presets import load_preset
-from ds_cmli.data.build import build_data
-from ds_cmli.data.pairs import BadSamples, loader
-from ds_cmli.data.sampler import Draw, GlobalBatchSampler
+from ds_cmli.data.pairs import BadSamples
+from ds_cmli.data.sampler import Draw
 from ds_cmli.errors import UserError
 from tests import make
+from tests.data.batches import global_batches, run
+
+WEIGHTS = {"short": 0.3, "long": 0.7}
+REVERSED = {"long": 0.7, "short": 0.3}
+STEPS = 10  # of about three epochs
+SOURCES = {
+    "folder": ["folder"],
+    "tars": ["*.tar"],
+    "coco": ["coco.json"],
+    "parquet": ["parquet"],
+    "columns": ["in_columns.jsonl"],
+    "weighted": ["folder::0.5", "*.tar::0.3", "parquet::0.2"],
+}
+CASES = [(name, 0) for name in SOURCES] + [("tars", 3), ("weighted", 3)]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A source of each kind, one with a broken image."""
+    """A folder with a source of each kind, one with a broken image."""
     root = tmp_path_factory.mktemp("sources")
     make.pairs(root / "folder", 30, broken=[7])
-    make.tar(root / "0.tar", 12), make.tar(root / "1.tar", 9, first=12)
+    make.tar(root / "0.tar", 12)
+    make.tar(root / "1.tar", 9, first=12)
     make.parquet(root / "parquet", 20)
     images = [{"id": i, "file_name": f"folder/{i}.png"} for i in range(20) if i != 7]
     texts = [{"image_id": image["id"], "caption": f"text {k} of {image['id']}"} for image in images for k in range(3)]
@@ -29,7 +42,7 @@ def folders(tmp_path_factory):
 
 
 def in_columns(folder, name):
-    """Pictures with captions in two columns; the first lacks a short one, and the second a long one."""
+    """Write pictures with captions in two columns; the first lacks a short one, and the second a long one."""
     form = name.rpartition(".")[-1]
     rows = [{"short": f"short {n}", "long": f"long {n}"} for n in range(20)]
     rows[0]["short"] = ""
@@ -45,65 +58,27 @@ def in_columns(folder, name):
     write(folder / name)
 
 
-WEIGHTS = {"short": 0.3, "long": 0.7}
-REVERSED = {"long": 0.7, "short": 0.3}
-
-
 def data(folders, sources, **settings):
     names = [str(folders / source) for source in sources]
     augmentation = {"random_resized_crop": 0.5, "color_jitter": 0.4, "horizontal_flip": 0.5}
     settings = {"augmentation": augmentation, "held_out": 2, "max_bad_share": 1, **settings}
-    return build_data(load_preset("tiny", {"data": {"source": names, **settings}}).data, 5)
-
-
-SOURCES = {
-    "folder": ["folder"],
-    "tars": ["*.tar"],
-    "coco": ["coco.json"],
-    "parquet": ["parquet"],
-    "columns": ["in_columns.jsonl"],
-    "weighted": ["folder::0.5", "*.tar::0.3", "parquet::0.2"],
-}
-STEPS = 10  # of about three epochs
-
-
-def run(data, ranks, workers, state, steps, batch=8):
-    """What each global batch holds, in order, and the sampler's state afterwards."""
-    samplers = [GlobalBatchSampler(data.order, batch // ranks, rank, ranks, 5) for rank in range(ranks)]
-    for sampler in samplers:
-        if state:
-            sampler.load_state_dict(state)
-    loaders = [iter(loader(data.train, data.collate, workers, batch_sampler=sampler)) for sampler in samplers]
-    seen = []
-    for _ in range(steps):
-        for loaded, sampler in zip(loaders, samplers, strict=True):
-            batch = next(loaded)
-            sampler.advance()
-            rows = zip(batch.index, batch.pair_id, batch.image, strict=True)
-            seen += [(int(i), *pair.tolist(), int(image.long().sum())) for i, pair, image in rows]
-    return seen, samplers[0].state_dict()
-
-
-CASES = [(name, 0) for name in SOURCES] + [("tars", 3), ("weighted", 3)]
+    return make.data(names, seed=5, **settings)
 
 
 @pytest.mark.parametrize(("name", "window"), CASES)
 def test_samples_captions_and_pixels_resume_on_any_ranks_and_workers(folders, name, window):
     sources = SOURCES[name]
     weights = WEIGHTS if name == "columns" else None
-    chance, opened = random.Random(str(sources)), data(folders, sources, shuffle_window=window, caption_weights=weights)
+    chance = random.Random(str(sources))
+    opened = data(folders, sources, shuffle_window=window, caption_weights=weights)
     whole, _ = run(opened, 1, 0, None, STEPS)
     for before, after in (((1, 2), (8, 0)), ((4, 0), (2, 2))):  # ranks and workers
         stop = chance.randint(1, STEPS - 1)
         first, state = run(opened, *before, None, stop)
-        rest, _ = run(opened, *after, state, STEPS - stop)
-        assert global_batches(first + rest) == global_batches(whole), (before, stop, after)
+        second, _ = run(opened, *after, state, STEPS - stop)
+        assert global_batches(first + second) == global_batches(whole), (before, stop, after)
         if not window:  # the ranks of the windowed order take turns in a batch
-            assert first + rest == whole
-
-
-def global_batches(seen, batch=8):
-    return [sorted(seen[start : start + batch]) for start in range(0, len(seen), batch)]
+            assert first + second == whole
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl", "parquet", "tar"])
@@ -112,9 +87,7 @@ def test_captions_are_drawn_by_the_weights_of_their_columns(tmp_path, form):
     source = {"sources": [f"0.{form}"], "val_source": str(tmp_path / f"0.{form}"), "augmentation": {}}
     opened = data(tmp_path, **source, caption_weights=WEIGHTS)
     long_alone = data(tmp_path, **source, caption_weights=REVERSED, caption_key="long")
-
     drawn = [[opened.train[Draw(n, turn)].tokens.text for turn in range(50)] for n in range(20)]
-
     assert set(drawn[0]) == {"long 0"} and set(drawn[1]) == {"short 1"}
     num_long = sum(text == f"long {n}" for n in range(2, 20) for text in drawn[n])
     assert abs(num_long - 0.7 * 900) < 4 * (900 * 0.7 * 0.3) ** 0.5  # four standard deviations
@@ -124,7 +97,8 @@ def test_captions_are_drawn_by_the_weights_of_their_columns(tmp_path, form):
 
 
 def test_too_many_bad_samples_end_training_and_the_first_five_are_named():
-    bad, one_rank = BadSamples(0.1, 100), SimpleNamespace(gather=lambda value: [value])
+    bad = BadSamples(0.1, 100)
+    one_rank = SimpleNamespace(gather=lambda value: [value])
     bad.add([(f"{i}.png", "broken") for i in range(7)])
     bad.check(one_rank, 20)  # of the data set, not of 20
     assert bad.check(one_rank) == [

@@ -143,7 +143,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_part(tmp_path):
 
 
 def read_and_wait(url, copies):
-    """A rank that is killed while it trains."""
+    """Act as a rank that is killed while it trains."""
     cache = ShardCache(10**6)
     start_fetching(10**6)
     copies.put(cache.get(Shard(url, None)))

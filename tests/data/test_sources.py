@@ -19,6 +19,10 @@ from ds_cmli.errors import UserError
 from tests import make
 from tests.make import shard
 
+BYTES = [b"a", b"b"]
+TEXTS = [["NA", "2012"], ["one, two"]]
+FILES = [{"bytes": content, "path": None} for content in BYTES]
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
@@ -38,7 +42,7 @@ def pictures(folder):
 
 
 def table(folder, name, content, **settings):
-    """The source of a list beside pictures."""
+    """Return the source of a list beside pictures."""
     pictures(folder)
     (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     return open_tables([folder / name], DataConfig(**settings))["train"]
@@ -65,10 +69,6 @@ def parquet(path, **columns):
     return open_parquet([path], DataConfig())["train"]
 
 
-BYTES, TEXTS = [b"a", b"b"], [["NA", "2012"], ["one, two"]]
-FILES = [{"bytes": content, "path": None} for content in BYTES]
-
-
 def features(folder):
     rows = Dataset.from_dict({"image": FILES, "text": TEXTS}).cast_column("image", datasets.Image())
     rows.to_parquet(folder / "a.parquet")
@@ -76,7 +76,8 @@ def features(folder):
 
 
 LONG = "x" * 150
-A, B = [("x/a.jpg", b"a"), ("x/a.json", b'{"caption": ["NA", "2012"]}')], [("b.PNG", b"b"), ("b.txt", b"one, two ")]
+A = [("x/a.jpg", b"a"), ("x/a.json", b'{"caption": ["NA", "2012"]}')]
+B = [("b.PNG", b"b"), ("b.txt", b"one, two ")]
 APART = [A[1], B[1], B[0], ("x/readme.md", b"-"), ("y.txt", b"alone"), A[0]]  # in the order of their first members
 LINKED = [(f"{LONG}.jpg", b"a"), (f"{LONG}.json", A[1][1]), ("1.txt", b"one, two"), ("0.jpg", b"b"),
           ("s/1.txt", "../1.txt", tarfile.SYMTYPE), ("s/1.jpg", "../0.jpg", tarfile.SYMTYPE),
@@ -113,9 +114,6 @@ def test_a_picture_has_its_bytes_and_all_its_captions_as_they_are(kind, tmp_path
     source = opened(tmp_path)
     assert contents(source) == [(b"a", ["NA", "2012"]), (b"b", ["one, two"])]
     assert left_out is None or source.left_out == left_out
-
-
-# Lists.
 
 
 def test_the_first_files_may_be_missing_but_not_all(tmp_path):
@@ -160,9 +158,6 @@ def test_a_mistake_in_a_list_is_named_by_its_line(tmp_path, content):
     assert name in str(error.value) and "\n" not in str(error.value)
 
 
-# Arrow.
-
-
 def test_files_and_saved_data_sets_have_splits_by_their_names(tmp_path):
     rows = Dataset.from_dict({"image": FILES, "text": TEXTS})
     files = [tmp_path / f"{name}.parquet" for name in ("train-0", "validation-0", "test_0", "other")]
@@ -190,20 +185,19 @@ def test_columns_are_found_or_named(tmp_path):
 
 
 def test_nothing_in_the_users_cache_is_changed(tmp_path, monkeypatch):
-    """Neither copies of parquet nor results of `.map()`, also with little space left."""
-    parquet(path := tmp_path / "a.parquet", image=FILES, text=["a", "b"])
+    """It keeps copies of parquet and results of `.map()`, also with little space left."""
+    path = tmp_path / "a.parquet"
+    parquet(path, image=FILES, text=["a", "b"])
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-    own = datasets.load_dataset("parquet", data_files={"train": [str(path)]})["train"]
-    own.map(lambda row: {"text": row["text"] * 2}), own.map(lambda row: {"more": 1})
-    before = {file: file.read_bytes() for file in (tmp_path / "cache").rglob("*.arrow")}
-    assert len(before) == 3
+    users_data = datasets.load_dataset("parquet", data_files={"train": [str(path)]})["train"]
+    users_data.map(lambda row: {"text": row["text"] * 2})
+    users_data.map(lambda row: {"more": 1})
+    cached = {file: file.read_bytes() for file in (tmp_path / "cache").rglob("*.arrow")}
+    assert len(cached) == 3
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 10))
     for _ in range(2):
         assert len(open_parquet([path], DataConfig())["train"]) == 2
-    assert {file: file.read_bytes() for file in (tmp_path / "cache").rglob("*.arrow")} == before
-
-
-# Tars.
+    assert {file: file.read_bytes() for file in (tmp_path / "cache").rglob("*.arrow")} == cached
 
 
 def test_a_caption_is_a_key_of_the_json(tmp_path):
@@ -214,8 +208,6 @@ def test_a_caption_is_a_key_of_the_json(tmp_path):
     with pytest.raises(ValueError, match="none"):
         captions["none"](0)
 
-
-# Any kind.
 
 NUMBER = '{"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, "caption": 5}]}'
 UNREADABLE = [  # opening a file or folder, its content, what the line names

@@ -5,6 +5,8 @@ import stat
 
 import pytest
 
+from ds_cmli import engine
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.distributed import OF_A_RANK, map_launcher_environment
 from ds_cmli.errors import UserError
 from tests.conftest import ZERO1
@@ -56,9 +58,6 @@ def test_an_environment_that_no_launcher_sets_is_one_line(monkeypatch, given, li
 
 
 def test_a_device_that_is_not_here(monkeypatch):
-    from ds_cmli import engine
-    from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-
     ds_config = DeepSpeedConfig.of(ZERO1)  # it imports DeepSpeed, which looks for its device once
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     with pytest.raises(UserError, match=r"^DS_ACCELERATOR is 'cuda' and PyTorch trains on cpu here: unset it"):

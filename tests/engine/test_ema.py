@@ -17,11 +17,12 @@ from ds_cmli.faults.preemption import Preempted
 from tests import make
 from tests.ranks import run
 
-DECAY, STEPS = 0.75, 2
+DECAY = 0.75
+STEPS = 2
 
 
 def average_of(module):
-    """Of an engine in fp32 on one rank, whose master weights are the module's own."""
+    """Return the EMA of an engine in fp32 on one rank, whose master weights are the module's own."""
     optimizer = SimpleNamespace(single_partition_of_fp32_groups=[*module.parameters()], update_lp_params=lambda: None)
     return EMA(SimpleNamespace(module=module, optimizer=optimizer), DECAY)
 
@@ -65,7 +66,7 @@ def test_after_any_error_the_weights_are_put_back(monkeypatch, error, ranks, ref
 
 
 def weights_of(trained):
-    """Whole, in fp32, of the trained parameters: a copy, on each rank."""
+    """Return a copy of the trained parameters, whole and in fp32, on each rank."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     trained_parameters = [(n, p) for n, p in trained.objective.named_parameters() if p.requires_grad]
@@ -73,7 +74,7 @@ def weights_of(trained):
 
 
 def embedded(trained, batch):
-    """Features as an evaluation has them, of the weights that forward passes use."""
+    """Return features as an evaluation has them, of the weights that forward passes use."""
     student = trained.objective.eval().student
     with torch.no_grad():
         result = torch.cat([*map(torch.flatten, student(batch.image, batch.input_ids, batch.attention_mask))])
@@ -104,9 +105,9 @@ def check(rank, ranks, layouts):
         assert any((averages[n] - x).abs().max() > 1e-3 for n, x in live.items()), layout
         with pytest.raises(Preempted), trained.ema.as_weights():
             assert not torch.equal(features, embedded(trained, batches[0])), layout
-            inside = weights_of(trained)
+            evaluated = weights_of(trained)
             raise Preempted("in an evaluation")
-        assert all(torch.equal(inside[n], averages[n]) for n in inside), layout
+        torch.testing.assert_close(evaluated, averages, rtol=0, atol=0)
         assert torch.equal(features, embedded(trained, batches[0])), layout
         trained.engine.destroy()
 

@@ -1,6 +1,7 @@
 """The training step through the real DeepSpeed engine, in this process, and what is decided before it."""
 
 import json
+import math
 import os
 import re
 from itertools import accumulate
@@ -22,6 +23,9 @@ from tests import make
 from tests.conftest import ZERO1
 from tests.ranks import ROOT
 
+HAS_BF16 = hasattr(torch.cpu, "get_capabilities") and torch.cpu.get_capabilities().get("avx512_bf16")
+FAST = HAS_BF16 and "ONEDNN_MAX_CPU_ISA" not in os.environ  # oneDNN reads it once
+
 
 @pytest.fixture(scope="module")
 def batches(data) -> list[Batch]:
@@ -36,26 +40,29 @@ def totals(train_engine, batches) -> list[float]:
 def test_five_steps_with_each_shipped_json(device, batches, path):
     train_engine = make.train_engine(device, DeepSpeedConfig.load(path), optim={"lr": 3e-3, "warmup_share": 0.0})
     losses = totals(train_engine, 5 * batches[:1])
-    assert all(torch.isfinite(torch.tensor(losses)))
+    assert all(map(math.isfinite, losses)), losses
     assert losses[-1] < losses[0]  # the same batch five times: it must be learned
     assert train_engine.engine.zero_optimization_stage() == json.loads(path.read_text())["zero_optimization"]["stage"]
 
 
 def test_activation_checkpointing_changes_memory_and_no_bit_of_the_loss(device, batches):
-    losses, peaks = [], []
-    for section in ({}, {"activation_checkpointing": {}}):
+
+    def losses_and_peak(section: dict) -> tuple[list[float], int]:
         content = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 100_000}, **section}
         train_engine = make.train_engine(device, content, student={"shared_blocks": 2, "dropout": 0.1})
-        losses.append(totals(train_engine, batches[:3]))
-        peaks.append(max(accumulate(cpu_sizes(lambda: train_engine.step(batches[3:4])))))  # noqa: B023
-    assert losses[0] == losses[1] and peaks[1] < peaks[0]
+        losses = totals(train_engine, batches[:3])
+        return losses, max(accumulate(cpu_sizes(lambda: train_engine.step(batches[3:4]))))
+
+    losses, peak = losses_and_peak({})
+    checkpointed_losses, checkpointed_peak = losses_and_peak({"activation_checkpointing": {}})
+    assert checkpointed_losses == losses and checkpointed_peak < peak
 
 
 @pytest.mark.parametrize(
     "stage, accumulation, section", [(2, 1, {}), (3, 1, {"activation_checkpointing": {}}), (2, 2, {})]
 )
 def test_the_flops_of_a_step_are_those_of_its_model(monkeypatch, device, batches, stage, accumulation, section):
-    """By hand, three times the forward pass: what checkpointing or gradient caching computes again does not count."""
+    """They are three times the forward pass: what checkpointing or gradient caching computes again does not count."""
     monkeypatch.setattr(meter_module, "peak_flops", lambda *_: 1e6)
     json = {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": accumulation, **section}
     ours = {"student": {"shared_blocks": 0}, "loss": {"weights": {"cmli": 1.0}}}
@@ -65,7 +72,9 @@ def test_the_flops_of_a_step_are_those_of_its_model(monkeypatch, device, batches
     # PyTorch's counter does not know the attention of CPUs.
     with meter.step(micro_batches), sdpa_kernel(SDPBackend.MATH):
         train_engine.step(micro_batches)
-    N, H, D = 16, 32, 16  # patches of 14 x 14 pixels
+    N = 16  # patches of 14 x 14 pixels
+    H = 32
+    D = 16
     B = len(batches[0].index)
     positions = sum(batch.input_ids.shape[1] for batch in micro_batches)
 
@@ -94,10 +103,6 @@ def test_fp16_falls_back_to_what_the_device_is_fast_in(monkeypatch, capsys, gpu,
     assert gpu or re.match(r"device: cpu, \S+ with(out)? bf16, \d+ threads\n", out)
 
 
-FAST = torch.cpu.get_capabilities().get("avx512_bf16") if hasattr(torch.cpu, "get_capabilities") else None
-FAST = FAST and "ONEDNN_MAX_CPU_ISA" not in os.environ  # oneDNN reads it once
-
-
 @pytest.mark.parametrize("level", ["AVX2", "avx512_core", "AVX512_CORE_BF16", None])
 def test_bf16_is_fast_where_the_processor_has_it_and_onednn_may_use_it(monkeypatch, level):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", level) if level else monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", False)
@@ -120,9 +125,7 @@ def test_the_backend_is_the_devices_and_a_line_says_why_its_kernels_do_not_run(
     monkeypatch.setattr(plan, "why_not_triton", lambda *sizes: tried.append(sizes) or reason)
     monkeypatch.setattr(plan, "why_not_cpu", lambda: reason)
     config = load_preset("tiny", {})
-
-    chosen = engine.resolve_backend(config, DeepSpeedConfig.of(ZERO1), torch.device(device))
-
+    chosen = engine.with_backend(config, DeepSpeedConfig.of(ZERO1), torch.device(device))
     assert chosen.loss.cmli_backend == backend
     # Images of 256 patches take the largest tiles.
     largest = (torch.device("cuda"), torch.float32, 256, config.data.context_length, config.student.embed_dim)

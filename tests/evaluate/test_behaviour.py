@@ -16,7 +16,8 @@ from ds_cmli.scores import all_kinds
 from tests import make
 
 COSINES = torch.tensor([[0.5, 0.1]])
-I2T, T2I = torch.tensor([[0.25, 0.75]]), torch.tensor([[0.5, 0.125]])
+I2T = torch.tensor([[0.25, 0.75]])
+T2I = torch.tensor([[0.5, 0.125]])
 
 
 @pytest.mark.parametrize(
@@ -36,10 +37,10 @@ def test_each_direction_takes_its_own_cmli_and_only_what_was_trained(scales, i2t
     assert torch.equal(result["cmli"].i2t, I2T) and torch.equal(result["cmli"].t2i, T2I)
 
 
-def recall(scores: list) -> dict[str, float]:
-    """Of scores both ways, of which column n is the caption of picture n."""
-    both = torch.tensor(scores)
-    return measures.recalls(both, both, torch.arange(both.shape[1]))
+def recall(rows: list) -> dict[str, float]:
+    """Return the recalls of equal scores both ways; column n is the caption of picture n."""
+    scores = torch.tensor(rows)
+    return measures.recalls(scores, scores, torch.arange(scores.shape[1]))
 
 
 def test_a_tie_is_a_random_order():
@@ -55,11 +56,11 @@ def test_what_is_no_number_finds_nothing():
 
 
 def recall_by_sorting(i2t, t2i, image_of, k):
-    """As COCO's evaluations compute it: sort, and look for an own one among the first k."""
+    """Sort, and look for an own one among the first k, as COCO's evaluations do."""
     order = np.argsort(-i2t, axis=1)[:, :k]
-    by_image = np.mean([(image_of[order[i]] == i).any() for i in range(len(i2t))])
+    image_recall = np.mean([(image_of[order[i]] == i).any() for i in range(len(i2t))])
     order = np.argsort(-t2i, axis=0)[:k]
-    return by_image, np.mean([image_of[j] in order[:, j] for j in range(len(image_of))])
+    return image_recall, np.mean([image_of[j] in order[:, j] for j in range(len(image_of))])
 
 
 @pytest.mark.parametrize("case", range(5))
@@ -69,40 +70,42 @@ def test_recall_as_by_sorting(case):
     image_of = draw.permutation(np.concatenate([np.arange(m), draw.integers(0, m, draw.integers(0, 3 * m))]))
     i2t, t2i = draw.normal(size=(2, m, len(image_of)))
     i2t[np.arange(m)[:, None] == image_of] += draw.uniform(0, 2)
-    found = measures.recalls(torch.tensor(i2t), torch.tensor(t2i), torch.tensor(image_of))
+    recalls_by_name = measures.recalls(torch.tensor(i2t), torch.tensor(t2i), torch.tensor(image_of))
     for k in measures.RECALLS:
-        assert (found[f"i2t_r{k}"], found[f"t2i_r{k}"]) == pytest.approx(recall_by_sorting(i2t, t2i, image_of, k))
+        recalls = recalls_by_name[f"i2t_r{k}"], recalls_by_name[f"t2i_r{k}"]
+        assert recalls == pytest.approx(recall_by_sorting(i2t, t2i, image_of, k))
 
 
 def test_constant_scores_are_worth_chance_and_a_picture_without_a_caption_is_a_candidate_alone():
     image_of = torch.arange(60) // 5
     constant = torch.full((12, 60), 0.5)
-    found = measures.recalls(constant, constant, image_of)
-    assert found == pytest.approx(measures.chance_recalls(image_of))
+    recalls_by_name = measures.recalls(constant, constant, image_of)
+    assert recalls_by_name == pytest.approx(measures.chance_recalls(image_of))
     for k in measures.RECALLS:
         drawn = 1 - math.comb(55, k) / math.comb(60, k)
-        assert (found[f"i2t_r{k}"], found[f"t2i_r{k}"]) == pytest.approx((drawn, k / 12))
+        assert (recalls_by_name[f"i2t_r{k}"], recalls_by_name[f"t2i_r{k}"]) == pytest.approx((drawn, k / 12))
     # Caption 0 finds picture 2, which has none, before its own.
-    found = recall([[2.0, 0.5], [0.0, 1.0], [3.0, 0.0]])
-    assert (found["i2t_r1"], found["t2i_r1"], found["t2i_r5"]) == (1.0, 0.5, 1.0)
+    recalls_by_name = recall([[2.0, 0.5], [0.0, 1.0], [3.0, 0.0]])
+    assert (recalls_by_name["i2t_r1"], recalls_by_name["t2i_r1"], recalls_by_name["t2i_r5"]) == (1.0, 0.5, 1.0)
 
 
 def test_accuracies_by_class_weigh_classes_alike():
     scores = torch.eye(6)[[0, 0, 0, 1, 2]]
     target = torch.tensor([0, 0, 0, 1, 5])
-    found = measures.mean_accuracies(measures.top_hits(scores[None], target)[:, 0], target)
-    assert found["top1"] == pytest.approx(4 / 5) and found["mean_per_class"] == pytest.approx(2 / 3)
+    accuracies = measures.mean_accuracies(measures.top_hits(scores[None], target)[:, 0], target)
+    assert accuracies["top1"] == pytest.approx(4 / 5) and accuracies["mean_per_class"] == pytest.approx(2 / 3)
     # The wrong class 2 has 1, and of the right one and four others with 0 four more are among the first five.
-    assert found["top5"] == pytest.approx((4 + 0.8) / 5)
+    assert accuracies["top5"] == pytest.approx((4 + 0.8) / 5)
 
 
 def test_hits_of_phrases():
-    """Of the patches in four rows and two columns, the first two of the first column lie in the box."""
-    patches, tokens = torch.eye(8), torch.eye(8)[[2, 3, 7, 5]]
-    inside = measures.patches_inside([(0.0, 0.0, 40.0, 40.0)], (0.0, 0.0, 80.0, 80.0), (4, 2))
-    assert inside.nonzero().flatten().tolist() == [0, 2]
-    found = measures.phrase_hits(patches, tokens, torch.tensor([0, 1, 1, -1]), inside.repeat(2, 1))
-    assert found.tolist() == [True, False]
+    """Patches are in four rows and two columns: the first two of the first column lie in the box."""
+    patches = torch.eye(8)
+    tokens = torch.eye(8)[[2, 3, 7, 5]]
+    in_box = measures.patches_inside([(0.0, 0.0, 40.0, 40.0)], (0.0, 0.0, 80.0, 80.0), (4, 2))
+    assert in_box.nonzero().flatten().tolist() == [0, 2]
+    is_hit = measures.phrase_hits(patches, tokens, torch.tensor([0, 1, 1, -1]), in_box.repeat(2, 1))
+    assert is_hit.tolist() == [True, False]
 
 
 def test_a_token_of_a_scene_hits_in_the_quarter_of_its_picture():
@@ -110,14 +113,15 @@ def test_a_token_of_a_scene_hits_in_the_quarter_of_its_picture():
     scenes = SimpleNamespace(places=lambda row: ([0, 0, 1, -1], [0, -1, -1, 1]))
     texts = {0: Embedding(torch.ones(1), torch.eye(16)[[5, 2, 10, 0]])}
     images = {0: Embedding(torch.ones(1), torch.eye(16))}
-    own = Embedded(scenes, [0], images, texts, [0], {})
-    found = pointing_game(own, quarters, (4, 4))
-    assert found == {"pointing_game": 2 / 3, "chance/pointing_game": 0.25, "visible": 1.0, "phrases": 3}
+    embedded = Embedded(scenes, [0], images, texts, [0], {})
+    figures = pointing_game(embedded, quarters, (4, 4))
+    assert figures == {"pointing_game": 2 / 3, "chance/pointing_game": 0.25, "visible": 1.0, "phrases": 3}
 
 
 def test_names_and_prompts_of_classes(tmp_path):
     make.pictures(tmp_path, "blue_bird/0.png", "red_car/0.png")
-    names, templates = tmp_path / "names.txt", tmp_path / "templates.txt"
+    names = tmp_path / "names.txt"
+    templates = tmp_path / "templates.txt"
     names.write_text("bird\ncar\n")
     templates.write_text("a {}\n\n{}s\n")
     pictures = ClassPictures(str(tmp_path), DataConfig(), str(names), str(templates))

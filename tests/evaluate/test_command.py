@@ -36,7 +36,7 @@ def photographs(tmp_path_factory):
 
 
 def evaluate(tmp_path, *arguments):
-    """What is printed, and the metrics."""
+    """Return what is printed, and the metrics."""
     done = CliRunner().invoke(command, [*arguments, "--json", str(tmp_path / "x.json")], standalone_mode=False)
     if done.exception:
         raise done.exception
@@ -48,7 +48,7 @@ def captions(picture):
 
 
 def karpathy(path):
-    """Two to four captions of each picture."""
+    """Write a list with two to four captions of each picture."""
     splits = enumerate(["train"] * 3 + ["val"] * 3 + ["test"] * 6)
     return make.karpathy(path, [(f"{k}.jpg", split, captions(k)) for k, split in splits])
 
@@ -59,7 +59,8 @@ def test_karpathys_test_split_has_the_recalls_of_the_models_own_scores(tmp_path,
     assert "dataset.json: 6 images to evaluate on" in printed, "the data is named before it is measured"
     assert "test 18 pairs, 6 pictures, in float32" in printed and "    combined  " in printed
     assert result["eval/test/chance/t2i_r1"] == pytest.approx(1 / 6)
-    loaded, shown = Model.load(model, device="cpu"), range(6, 12)
+    loaded = Model.load(model, device="cpu")
+    shown = range(6, 12)
     texts = loaded.embed_texts([caption for k in shown for caption in captions(k)])
     scores = loaded.scores(loaded.embed_images([photographs / f"{k}.jpg" for k in shown]), texts)
     image_of = torch.arange(6).repeat_interleave(torch.tensor([2, 3, 4, 2, 3, 4]))
@@ -69,7 +70,7 @@ def test_karpathys_test_split_has_the_recalls_of_the_models_own_scores(tmp_path,
 
 
 def entities(path, photographs):
-    """Two captions of each of four photographs of 90 x 60 pixels, of which the middle 60 x 60 are seen."""
+    """Write two captions of each of four photographs of 90 x 60 pixels, of which the middle 60 x 60 are seen."""
     for part in ("Annotations", "Sentences"):
         (path / part).mkdir(parents=True)
     for k in range(4):
@@ -108,14 +109,17 @@ def test_choices_between_captions(tmp_path, model, photographs):
     printed, result = evaluate(tmp_path, "--checkpoint", model, *chosen)
     assert "6 choices, 6 pictures, in float32, 2 left out: none.jpg (no such file)" in printed
     assert result["choices/chance/accuracy"] == pytest.approx(1 / 3)
-    loaded, right = Model.load(model, device="cpu"), []
+    loaded = Model.load(model, device="cpu")
+    is_right = []
     for line in lines[:6]:
         pictures = loaded.embed_images([str(photographs / line["image"])])
         scores = loaded.scores(pictures, loaded.embed_texts(line["captions"]))["combined"].i2t[0]
-        right.append(bool((scores[0] > scores[1:]).all()))
-    right[5] = False
-    assert result["choices/combined/accuracy"] == pytest.approx(sum(right) / 6)
-    assert result["choices/combined/group"] == sum(a and b for a, b in zip(right[::2], right[1::2], strict=True)) / 3
+        is_right.append(bool((scores[0] > scores[1:]).all()))
+    is_right[5] = False
+    assert result["choices/combined/accuracy"] == pytest.approx(sum(is_right) / 6)
+    assert (
+        result["choices/combined/group"] == sum(a and b for a, b in zip(is_right[::2], is_right[1::2], strict=True)) / 3
+    )
     file.write_text('{"image": "0.jpg", "captions": ["red"]}\n')
     with pytest.raises(UserError, match="line 1: give two captions or more"):
         evaluate(tmp_path, "--checkpoint", model, *chosen)
@@ -124,13 +128,13 @@ def test_choices_between_captions(tmp_path, model, photographs):
 def test_a_file_of_weights_is_that_model(tmp_path, photographs):
     folder = write_run(tmp_path)
     torch.manual_seed(1)
-    other = {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in load_file(folder / WEIGHTS).items()}
-    save_file(other, folder / AVERAGE)
+    average = {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in load_file(folder / WEIGHTS).items()}
+    save_file(average, folder / AVERAGE)
     data = ["--data", karpathy(tmp_path / "dataset.json"), "--image-root", str(photographs), "--split", "all"]
-    own, ema = (evaluate(tmp_path, str(folder), *data, *more)[1] for more in ([], ["--ema"]))
+    metrics, averaged_metrics = (evaluate(tmp_path, str(folder), *data, *more)[1] for more in ([], ["--ema"]))
     file = str(folder / AVERAGE)
-    assert evaluate(tmp_path, file, *data)[1] == ema != own
-    assert evaluate(tmp_path, str(folder / WEIGHTS), *data)[1] == own
+    assert evaluate(tmp_path, file, *data)[1] == averaged_metrics != metrics
+    assert evaluate(tmp_path, str(folder / WEIGHTS), *data)[1] == metrics
 
 
 def prompts_of_rank(rank: int, world: int, folder: str, run: str, out: str) -> dict:
@@ -140,13 +144,15 @@ def prompts_of_rank(rank: int, world: int, folder: str, run: str, out: str) -> d
 
 
 def zero_shot_by_loops(run: str, classes: Path, templates: list[str]) -> dict[str, float]:
-    """The share of pictures whose own class is best: cosines with mean prompts, means of CMLI over prompts."""
-    model, right = Model.load(run, device="cpu"), {"global": 0, "cmli": 0, "combined": 0}
+    """Return the share of pictures whose own class is best: cosines with mean prompts, means of CMLI over prompts."""
+    model = Model.load(run, device="cpu")
+    num_hits = {"global": 0, "cmli": 0, "combined": 0}
     files = [file for file in sorted(classes.rglob("*.png")) if file.name != "x.png"]
-    images, names = model.embed_images(files), sorted({file.parent.name for file in files})
+    images = model.embed_images(files)
+    names = sorted({file.parent.name for file in files})
     prompts = [model.embed_texts([t.replace("{}", name.replace("_", " ")) for t in templates]) for name in names]
     for i, file in enumerate(files):
-        scores: dict[str, list[float]] = {kind: [] for kind in right}
+        scores: dict[str, list[float]] = {kind: [] for kind in num_hits}
         for texts in prompts:
             cosine = images.cls[i] @ torch.nn.functional.normalize(texts.cls.mean(0), dim=0)
             similar = [images.patches[i] @ x[mask].t() for x, mask in zip(texts.tokens, texts.token_mask, strict=True)]
@@ -155,8 +161,8 @@ def zero_shot_by_loops(run: str, classes: Path, templates: list[str]) -> dict[st
             scores["cmli"].append(float(cmli))
             scores["combined"].append(float(cosine / 0.07 + cmli / 0.02))  # the temperatures at the start
         for kind, values in scores.items():
-            right[kind] += names[int(np.argmax(values))] == file.parent.name
-    return {kind: count / len(files) for kind, count in right.items()}
+            num_hits[kind] += names[int(np.argmax(values))] == file.parent.name
+    return {kind: count / len(files) for kind, count in num_hits.items()}
 
 
 def test_zero_shot_of_two_ranks_is_that_of_one(model, tmp_path):
@@ -165,15 +171,15 @@ def test_zero_shot_of_two_ranks_is_that_of_one(model, tmp_path):
     (tmp_path / "classes" / "class_0" / "x.png").write_bytes(b"no picture")
     (tmp_path / "templates.txt").write_text("a photo of {}\n{} here\nthe {}\n")
     arguments = str(tmp_path / "classes"), model, str(tmp_path)
-    one, two = (ranks.run(prompts_of_rank, world, *arguments, group=False)[0] for world in (1, 2))
-    named = one.pop("zero_shot/left_out_first")
-    assert two.pop("zero_shot/left_out_first") == named and "x.png (cannot identify" in named[0]
-    assert one == pytest.approx(two) and "zero_shot/cmli/mean_per_class" in one
-    assert (one["zero_shot/pictures"], one["zero_shot/classes"], one["zero_shot/left_out"]) == (7, 3, 1)
-    by_loops = zero_shot_by_loops(model, tmp_path / "classes", ["a photo of {}", "{} here", "the {}"])
-    for kind, right in by_loops.items():
-        assert one[f"zero_shot/{kind}/top1"] == pytest.approx(right), kind
-    assert one["zero_shot/combined/top5"] == 1 and one["zero_shot/chance/top1"] == pytest.approx(1 / 3)
+    metrics, two_ranks = (ranks.run(prompts_of_rank, world, *arguments, group=False)[0] for world in (1, 2))
+    (left_out,) = metrics.pop("zero_shot/left_out_first")
+    assert two_ranks.pop("zero_shot/left_out_first") == [left_out] and "x.png (cannot identify" in left_out
+    assert metrics == pytest.approx(two_ranks) and "zero_shot/cmli/mean_per_class" in metrics
+    assert (metrics["zero_shot/pictures"], metrics["zero_shot/classes"], metrics["zero_shot/left_out"]) == (7, 3, 1)
+    expected = zero_shot_by_loops(model, tmp_path / "classes", ["a photo of {}", "{} here", "the {}"])
+    for kind, accuracy in expected.items():
+        assert metrics[f"zero_shot/{kind}/top1"] == pytest.approx(accuracy), kind
+    assert metrics["zero_shot/combined/top5"] == 1 and metrics["zero_shot/chance/top1"] == pytest.approx(1 / 3)
 
 
 def test_zero_shot_while_training_is_the_commands_figure_after_it(tmp_path):

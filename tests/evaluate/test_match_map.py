@@ -15,6 +15,8 @@ from ds_cmli.visualize import command, held_out_pairs
 from tests import make
 from tests.make import write_run
 
+GREY = torch.full((3, 8, 8), 200, dtype=torch.uint8)
+
 
 def match(*words: str) -> SimpleNamespace:
     return SimpleNamespace(words=[*words], similarity=torch.rand(len(words), 4), grid=(2, 2))
@@ -23,17 +25,15 @@ def match(*words: str) -> SimpleNamespace:
 def test_a_patch_is_tinted_by_the_square_of_its_share():
     grey = 155  # behind a tint: 255 - (255 - 155) / 2 = 205
     result = tile(torch.full((3, 80, 80), float(grey)), torch.tensor([0.2, 0.2, 0.7, 0.45]), (2, 2))
-    lost = [205 - result[:, row, column] for row, column in ((20, 20), (20, 60), (60, 20), (60, 60))]
-    assert not lost[0].any() and not lost[1].any() and lost[2].amin() > 20
-    torch.testing.assert_close(lost[3], lost[2] / 4)  # halfway from the others to the best
+    places = ((20, 20), (20, 60), (60, 20), (60, 60))
+    first_tint, second_tint, best_tint, last_tint = (205 - result[:, row, column] for row, column in places)
+    assert not first_tint.any() and not second_tint.any() and best_tint.amin() > 20
+    torch.testing.assert_close(last_tint, best_tint / 4)  # halfway from the others to the best
     for row, column in ((41, 20), (78, 20), (60, 1), (60, 38)):  # a frame around the best, also at edges
         assert (result[:, row, column] < 50).all(), (row, column)
     assert (result[:, 1, 1] == 205).all()
     flat = tile(torch.full((3, 80, 80), float(grey)), torch.ones(4), (2, 2))  # fits everywhere alike
     assert (flat[:, 60, 60] == 205).all()
-
-
-GREY = torch.full((3, 8, 8), 200, dtype=torch.uint8)
 
 
 def test_words_in_any_letters_fill_rows():
@@ -63,7 +63,7 @@ def test_letters_with_accents_are_not_drawn_as_boxes():
 
 
 def test_pairs_that_are_asked_for(tmp_path):
-    """Of six held-out pictures with three captions each, the second is broken."""
+    """The second of six held-out pictures with three captions each is broken."""
     images = []
     for i in range(8):
         Image.fromarray(np.full((20, 20, 3), 30 * i, np.uint8)).save(tmp_path / f"{i}.png")
@@ -82,6 +82,6 @@ def test_pairs_that_are_asked_for(tmp_path):
 def test_the_command_writes_a_picture_of_each_pair(tmp_path):
     run = str(write_run(tmp_path))
     Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
-    given = ["--image", str(tmp_path / "a.png"), "--text", "a red car", "--output", str(tmp_path / "maps")]
-    done = CliRunner().invoke(command, [run, *given], catch_exceptions=False)
+    options = ["--image", str(tmp_path / "a.png"), "--text", "a red car", "--output", str(tmp_path / "maps")]
+    done = CliRunner().invoke(command, [run, *options], catch_exceptions=False)
     assert "match maps of 1 pair" in done.output and (tmp_path / "maps" / "match-0.png").stat().st_size > 1000

@@ -17,7 +17,7 @@ from tests.ranks import run
 
 
 def untrained(source="demo"):
-    """A model of random weights, and its held-out data, of the demo 11 scenes."""
+    """Return a model of random weights, and its held-out data: of the demo 11 scenes."""
     config, objective, words = make.untrained(run={"seed": 3}, data={"source": str(source)})
     pairs = copy.copy(next(iter(make.data_of(config).evals.values())))
     if source == "demo":
@@ -26,28 +26,30 @@ def untrained(source="demo"):
 
 
 def parts(folder):
-    """A folder of a picture to train on and five held-out ones, of which the second is broken."""
+    """Write a folder with a picture to train on and five held-out ones, of which the second is broken."""
     make.pairs(folder / "train", 1)
     make.pairs(folder / "validation", 5, broken=[1])
     return folder / "validation"
 
 
 def on_rank(rank, world_size, path):
-    """Of scenes, figures and match maps; of a folder with a broken picture, figures and the pictures that are read."""
+    """Return figures and match maps of scenes, and figures and opened pictures of a folder with a broken picture."""
     model, scenes = untrained()
-    figures, own = evaluate_split(model, scenes)
-    maps = match_maps(own, model.tokenizer, model.student.grid, 5)
-    of_folder, opened, read = untrained(path), [], ListedImages.image
+    figures, embedded = evaluate_split(model, scenes)
+    maps = match_maps(embedded, model.tokenizer, model.student.grid, 5)
+    folder_model_and_pairs = untrained(path)
+    opened = []
+    read = ListedImages.image
     with mock.patch.object(ListedImages, "image", lambda source, i: opened.append(source.name(i)) or read(source, i)):
-        return figures, maps, evaluate_split(*of_folder)[0], opened
+        return figures, maps, evaluate_split(*folder_model_and_pairs)[0], opened
 
 
 def test_ranks_share_the_work_and_agree_with_one_process(tmp_path, monkeypatch):
     parts(tmp_path)
-    expected, maps, of_folder, opened = on_rank(0, 1, tmp_path)
+    expected, maps, expected_of_folder, opened = on_rank(0, 1, tmp_path)
     results = run(on_rank, 2, tmp_path)  # 11 pictures: shares of 6 and 5
-    for figures, drawn, also, _ in results:
-        assert figures == pytest.approx(expected, abs=1e-9) and also == of_folder
+    for figures, drawn, folder_figures, _ in results:
+        assert figures == pytest.approx(expected, abs=1e-9) and folder_figures == expected_of_folder
         assert len(drawn) == 5 and all((one == other).all() for one, other in zip(drawn, maps, strict=True))
     assert sorted(file for *_, files in results for file in files) == opened  # each is read once
     # Scored in several blocks: the same again.
@@ -64,11 +66,11 @@ def test_training_mode_and_random_numbers_stay_as_they_were():
         dropout.p = 0.5
     expected, _ = evaluate_split(model, scenes)
     model.module.train()
-    before = torch.random.get_rng_state()
-    figures, own = evaluate_split(model, scenes)
+    generator_state = torch.random.get_rng_state()
+    figures, embedded = evaluate_split(model, scenes)
     assert figures == expected, "an evaluation has dropout"
-    match_maps(own, model.tokenizer, model.student.grid, 2)
-    assert model.module.training and torch.equal(before, torch.random.get_rng_state())
+    match_maps(embedded, model.tokenizer, model.student.grid, 2)
+    assert model.module.training and torch.equal(generator_state, torch.random.get_rng_state())
 
 
 def test_what_is_broken_is_left_out_counted_and_named(tmp_path):
@@ -83,7 +85,7 @@ def test_what_is_broken_is_left_out_counted_and_named(tmp_path):
     assert result["chance/t2i_r1"] == pytest.approx(1 / 3)
     lines = " ".join(result["left_out_first"])
     reasons = "1.png (cannot identify", "4.png (no such file)", "0.png (caption without", "2.png (caption that is no"
-    assert all(reason in lines for reason in reasons)
+    assert [reason for reason in reasons if reason not in lines] == []
     heading, columns, *rows = summary(result, "bf16", "val").splitlines()
     assert heading.startswith("  val 3 pairs, 3 pictures, in bf16, 4 left out: ")
     assert max(map(len, [columns, *rows])) < 80 and rows[-1].split()[:2] == ["chance", "0.333"]

@@ -14,7 +14,7 @@ from ds_cmli.fake_cuda.recorder import Recorder
 from ds_cmli.memory.step_memory import _alone
 from ds_cmli.memory_model import gpus
 
-A100, T4 = gpus.find("A100 80GB"), gpus.find("T4")
+A100 = gpus.find("A100 80GB")
 
 
 @pytest.fixture
@@ -49,7 +49,8 @@ def test_torch_finds_a_gpu_inside_and_none_outside():
 def test_a_storage_is_live_from_its_allocation_until_nobody_has_it(recorder):
     x = torch.empty(1000, device="cuda")
     assert live(recorder) == 4000
-    view, host = x[10:], torch.empty(1 << 20)
+    view = x[10:]
+    host = torch.empty(1 << 20)
     del x
     assert live(recorder) == 4000 and host.device.type == "cpu"
     del view
@@ -58,7 +59,8 @@ def test_a_storage_is_live_from_its_allocation_until_nobody_has_it(recorder):
 
 def test_a_module_moves_and_its_parameters_stay_the_same_objects(recorder):
     layer = nn.Linear(300, 300)  # more elements than have data on the host
-    weight, bias = layer.weight, layer.bias
+    weight = layer.weight
+    bias = layer.bias
     weight.ours = True
     layer.half().cuda()
     assert layer.weight is weight and layer.bias is bias and weight.ours
@@ -79,9 +81,9 @@ def test_what_is_read_is_known_or_stood_in_for(recorder):
 
 def test_ranks_have_what_this_one_has():
     with fake_cuda(Recorder(gpu=A100), A100), _alone(4, 2):
-        own = torch.tensor([7, 9], device="cuda")
-        dist.all_reduce(own, dist.ReduceOp.MAX)
-        assert own.tolist() == [7, 9] and (dist.get_rank(), dist.get_world_size()) == (2, 4)
+        values = torch.tensor([7, 9], device="cuda")
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        assert values.tolist() == [7, 9] and (dist.get_rank(), dist.get_world_size()) == (2, 4)
 
 
 def kept(recorder: Recorder, function) -> int:
@@ -95,7 +97,8 @@ def kept(recorder: Recorder, function) -> int:
 
 def test_operators_are_those_of_cuda(recorder):
     """Attention with dropout keeps no scores, and dropout one byte an element."""
-    elements, statistics = 2 * 3 * 32 * 16, 2 * 3 * 32 * 4
+    elements = 2 * 3 * 32 * 16
+    statistics = 2 * 3 * 32 * 4
     mask = torch.ones(2, 1, 1, 32, dtype=torch.bool, device="cuda")
     assert kept(recorder, lambda q: F.dropout(q, 0.1)) == elements * (2 + 1)
     attention = kept(recorder, lambda q: F.scaled_dot_product_attention(q, q, q))
@@ -116,7 +119,7 @@ def test_rows_of_a_mask_begin_at_multiples_of_8_elements(recorder, width, copies
 
 
 def test_attention_by_products_is_in_fp32_under_autocast(recorder):
-    """It is cast as a whole, and leaves autocast: PyTorch then computes products and softmax in fp32."""
+    """PyTorch casts it as a whole and leaves autocast, and then computes products and softmax in fp32."""
     q = torch.empty(2, 3, 32, 12, requires_grad=True, device="cuda")
     mask = torch.zeros(2, 1, 32, 32, device="cuda")  # with which 12 features fit no fused kernel
     before = len(recorder.log)

@@ -12,8 +12,8 @@ import pytest
 
 from ds_cmli.faults import preemption
 from tests.checkpoint.runs import assert_same
-from tests.make import pairs, small, train
-from tests.ranks import ROOT, clean_environment, launcher, start, start_ranks, wait_for
+from tests.make import small, train
+from tests.ranks import ROOT, clean_environment, launcher, start, training_ranks, wait_for
 
 WAITS = """
 import time
@@ -25,8 +25,9 @@ with preemption.handled():
         time.sleep(0.01)
     print(preemption.requested(), flush=True)
 """
-# What stands between a launcher and its rank: it starts the command that it is given, and waits.
+# It stands between a launcher and its rank, starts the command behind it, and waits.
 STARTS = "import subprocess, sys; print('up', flush=True); sys.exit(subprocess.call(sys.argv[1:]))"
+LONG = ["--preset", "tiny", "--steps", "100000", "--log-every", "5"]
 
 
 @pytest.mark.parametrize("number", preemption.SIGNALS, ids=lambda number: number.name)
@@ -39,7 +40,7 @@ def test_each_signal_sets_the_flag_until_the_end(number):
 
 def test_a_second_int_interrupts_and_hang_up_stays_ignored_under_nohup(monkeypatch):
     monkeypatch.setattr(preemption, "SAME_PRESS", 0.2)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with preemption.handled():
             signal.raise_signal(signal.SIGHUP)
@@ -50,7 +51,7 @@ def test_a_second_int_interrupts_and_hang_up_stays_ignored_under_nohup(monkeypat
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGHUP, handler)
 
 
 @pytest.mark.parametrize("env", [{"TORCHELASTIC_RUN_ID": "x"}, {"CROSS_RANK": "0"}, {}], ids=str)
@@ -72,20 +73,11 @@ def test_a_rank_learns_of_its_launchers_end(env):
     assert launcher.stdout.readline() == "SIGUSR1\n"
 
 
-LONG = ["--preset", "tiny", "--steps", "100000", "--log-every", "5"]
-
-
-def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(tmp_path):
-    arguments = [*LONG, "--data", pairs(tmp_path / "pairs", count=63), "--output-dir", str(tmp_path / "run")]
+def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(tmp_path, source):
     logs = [tmp_path / f"{rank}.log" for rank in range(2)]
-    processes = start_ranks(["ds_cmli/train.py", *arguments], logs)
-    try:
-        wait_for(lambda: "step 5/" in logs[0].read_text(), processes[0], logs[0])
+    with training_ranks([*LONG, *source, "--output-dir", tmp_path / "run"], logs) as processes:
         processes[1].send_signal(signal.SIGTERM)
         assert [process.wait(120) for process in processes] == [85, 85], logs[0].read_text()
-    finally:
-        for process in processes:
-            process.kill()
     stopped = re.search(r"stopped at step (\d+) of 100000 by a signal to another rank", logs[0].read_text())
     assert stopped, logs[0].read_text()
     assert (tmp_path / "run" / "checkpoint" / "latest").read_text() == f"step{stopped[1]}"
@@ -93,10 +85,10 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_on_the_deepspeed_command_saves(tmp_path):
+def test_ctrl_c_on_the_deepspeed_command_saves(tmp_path, source):
     log = tmp_path / "log"
     command = [*launcher("deepspeed", 2), str(ROOT / "ds_cmli" / "train.py"), *LONG]
-    command += ["--data", pairs(tmp_path / "pairs", count=63), "--workers", "1", "--output-dir", str(tmp_path / "run")]
+    command += [*source, "--workers", "1", "--output-dir", str(tmp_path / "run")]
     with log.open("w") as out:
         process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stdout=out,
                                    stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
@@ -112,11 +104,13 @@ def test_ctrl_c_on_the_deepspeed_command_saves(tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_a_run_whose_rank_was_killed_and_its_end_is_that_of_an_unbroken_one(tmp_path):
-    log, run, unbroken = tmp_path / "log", tmp_path / "run", tmp_path / "unbroken"
-    options = {"--steps": 10, "--log-every": 1, "--save-every": 2, "--data": pairs(tmp_path / "pairs", count=63)}
+def test_torchrun_restarts_a_run_whose_rank_was_killed_and_its_end_is_that_of_an_unbroken_one(tmp_path, source):
+    log = tmp_path / "log"
+    run = tmp_path / "run"
+    unbroken = tmp_path / "unbroken"
+    options = {"--steps": 10, "--log-every": 1, "--save-every": 2}
     command = [*launcher("torchrun", 2), "--max-restarts=1", "--monitor-interval=0.1", "--shutdown-timeout=5"]
-    command += [str(ROOT / "ds_cmli" / "train.py"), *small({**options, "--output-dir": run})]
+    command += [str(ROOT / "ds_cmli" / "train.py"), *small({**options, "--output-dir": run}), *source]
     env = clean_environment() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_CMLI_JOB": "a job"}
     process = start(command, env, log)
     wait_for((run / "checkpoint" / "latest").is_file, process, log)
@@ -125,5 +119,5 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed_and_its_end_is_that_of_an
     assert process.wait(300) == 0, log.read_text()
     (step,) = re.findall(r"resuming from \S+step(\d+)\n", log.read_text())
     assert 0 < int(step) < 10
-    assert train(*small({**options, "--output-dir": unbroken}), world=2) == 0
-    assert_same(unbroken, run)
+    assert train(*small({**options, "--output-dir": unbroken}), *source, world=2) == 0
+    assert_same(run, unbroken)

@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ds_cmli.config.presets import load_preset
-from ds_cmli.memory.step_memory import Step
+from ds_cmli.memory.step_memory import Step, statistics
 from tests.models.sources import clip
 
 
@@ -87,10 +89,6 @@ SETTINGS = [
 
 
 def main(setting: str) -> None:
-    import torch
-
-    from ds_cmli.memory.step_memory import statistics
-
     Setting(**json.loads(setting)).step().take_twice()
     device = torch.device("cuda", torch.cuda.current_device())
     print("\n" + json.dumps(statistics(device)), flush=True)

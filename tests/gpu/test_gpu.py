@@ -2,8 +2,6 @@
 
 import json
 import re
-import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +9,10 @@ import torch
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.memory.step_memory import predicted, present_gpu
 from tests import make
+from tests.checkpoint.runs import stop_and_resume
 from tests.cmli.cases import DTYPES, case, check, with_gradients
 from tests.gpu.settings import SETTINGS
-from tests.ranks import clean_environment, launcher, python, start, wait_for
+from tests.ranks import clean_environment, launcher, python
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,14 +44,15 @@ def on_gpu(*arguments):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_op_equals_the_fp64_reference_and_itself(dtype, judge):
-    different, changed = [], []
+    different = []
+    changed = []
     for seed in range(40):
-        of = case(seed, dtype=dtype)
+        random_case = case(seed, dtype=dtype)
         try:
-            check(on_gpu, of)
+            check(on_gpu, random_case)
         except AssertionError:
             different.append(seed)
-        first, second = ([x.nan_to_num() for x in with_gradients(on_gpu, of)] for _ in range(2))
+        first, second = ([x.nan_to_num() for x in with_gradients(on_gpu, random_case)] for _ in range(2))
         if not all(map(torch.equal, first, second)):
             changed.append(seed)
     judge(
@@ -92,10 +92,12 @@ print(-1 if occupied is None else occupied - torch.cuda.memory_reserved(device))
 
 
 def test_what_a_gpu_has_and_what_its_context_takes(judge):
-    gpu, total = present_gpu(GPU), torch.cuda.mem_get_info()[1]
+    gpu = present_gpu(GPU)
+    _, total = torch.cuda.mem_get_info()
     done = python("-c", CONTEXT)
     assert done.returncode == 0, done.stderr
-    context, note = int(done.stdout.split()[-1]), f"{gpu.context.bytes:,} B in the table, {gpu.context.known}"
+    context = int(done.stdout.split()[-1])
+    note = f"{gpu.context.bytes:,} B in the table, {gpu.context.known}"
     if context < 0:
         note = "NVML does not report this process's bytes, as in some containers"
     judge(
@@ -137,24 +139,6 @@ def test_the_estimates_largest_allocations_are_the_predicted_ones(judge, tmp_pat
     away = [row["measured_bytes"] - row["predicted_bytes"] for row in rows]
     notes = [f"{row['measured_bytes']:,} B on {row['measured_on']}" for row in rows]
     judge(*((name, value, 0, note) for name, value, note in zip(names, away, notes, strict=True)))
-
-
-def stop_and_resume(folder: Path, command: list, env: dict[str, str]) -> None:
-    """Check that a training of 30 steps which is stopped and resumed ends with the weights of one that is not."""
-
-    def started(run: Path):
-        return start([*command, "--steps", "30", "--log-every", "1", "--output-dir", run], env, folder / "output")
-
-    whole, stopped = folder / "whole", folder / "stopped"
-    codes = [started(whole).wait(600)]
-    training, metrics = started(stopped), stopped / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.read_text().count('"loss"') >= 3, training, folder / "output")
-    training.send_signal(signal.SIGTERM)
-    codes += [training.wait(600), started(stopped).wait(600)]
-    assert codes == [0, 85, 0], (folder / "output").read_text()[-2000:]
-    assert [line["step"] for line in make.lines(stopped)] == [*range(1, 31)]
-    uninterrupted, resumed = map(make.weights, (whole, stopped))
-    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
 
 
 def test_a_stopped_training_goes_on_to_the_bit(tmp_path):

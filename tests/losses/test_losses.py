@@ -12,10 +12,16 @@ from ds_cmli.config.schema import LossConfig
 from ds_cmli.losses.target_cmli import Features, TargetCMLI, WidthHead, match_patches
 from ds_cmli.models.student import Targets
 from tests import make
+from tests.cmli.cases import reference_scores
+from tests.conftest import ZERO1
 
 CAPTIONS = ("two words", "two words", "a red square beside a blue circle", "one", "the sky is green here")
 LOSSES = ("global", "cmli", "target_cmli", "cls_kd", "global_sigmoid", "cmli_sigmoid")
-JSON = {"zero_optimization": {"stage": 1}}
+# B=2, N=3, M=2, H=2. Each patch of the teacher is 1 in one place; of the second text one token is valid.
+TEACHER = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]], [[0.0, 3.0], [1.0, 1.0], [1.0, 0.0]]])
+PATCHES = torch.tensor([[[1.0, 2.0], [0.0, 1.0], [2.0, 0.0]], [[0.0, 3.0], [1.0, 1.0], [1.0, 4.0]]])
+TOKENS = torch.tensor([[[3.0, 0.0], [1.0, 1.0]], [[0.0, 1.0], [9.0, 9.0]]])
+MASK = torch.tensor([[True, True], [True, False]])
 
 
 def trained(device, folder, losses=LOSSES):
@@ -28,7 +34,7 @@ def trained(device, folder, losses=LOSSES):
         "data": {"source": source, "val_source": source},
         "optim": {"micro_batch": len(CAPTIONS)},
     }
-    engine = make.train_engine(device, JSON, **sections)
+    engine = make.train_engine(device, ZERO1, **sections)
     return engine, make.batches(make.data_of(make.config(**sections)), len(CAPTIONS), 1)[0]
 
 
@@ -104,13 +110,6 @@ def test_target_cmli_alone_never_trains_the_projection(device, tmp_path):
     _, gradients = make.gradients(engine, [batch])
     assert not gradients["student.projection.weight"].any()
     assert gradients["student.image_out.weight"].any() and gradients["student.text_out.weight"].any()
-
-
-# B=2, N=3, M=2, H=2. Each patch of the teacher is 1 in one place; of the second text one token is valid.
-TEACHER = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]], [[0.0, 3.0], [1.0, 1.0], [1.0, 0.0]]])
-PATCHES = torch.tensor([[[1.0, 2.0], [0.0, 1.0], [2.0, 0.0]], [[0.0, 3.0], [1.0, 1.0], [1.0, 4.0]]])
-TOKENS = torch.tensor([[[3.0, 0.0], [1.0, 1.0]], [[0.0, 1.0], [9.0, 9.0]]])
-MASK = torch.tensor([[True, True], [True, False]])
 
 
 class Same:

@@ -45,10 +45,10 @@ A100 = gpus.find("A100 80GB")
 
 
 def by_command(folder: Path, name: str, options: dict | None = None, settings: dict | None = None) -> tuple[int, dict]:
-    """The exit code and the report of ds-cmli-memory."""
+    """Return the exit code and the report of ds-cmli-memory."""
     ds_config = make.json_file(folder / f"{name}.ds.json", {"zero_optimization": ZERO, **ADAM})
-    own = {"--deepspeed_config": ds_config, "--json": folder / f"{name}.json", **(options or {})}
-    code = command.main(make.small(own, settings), standalone_mode=False)
+    words = {"--deepspeed_config": ds_config, "--json": folder / f"{name}.json", **(options or {})}
+    code = command.main(make.small(words, settings), standalone_mode=False)
     return code, json.loads((folder / f"{name}.json").read_text())
 
 
@@ -57,23 +57,26 @@ def test_what_stays_through_a_step_is_counted_once_and_shared_by_ranks(tmp_path)
     files = {"--plot": tmp_path / "memory.png", "--snapshot": tmp_path / "memory.pickle"}
     _, report = by_command(tmp_path, "two", {**files, "--world-size": 2}, LOSSES)
     objective, teacher = make.models(loss={"weights": {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}})
-    count = sum(p.numel() for p in objective.parameters())
-    of_teacher = sum(p.numel() for p in teacher.parameters())
-    of, totals = report["categories"], report["totals"]
-    assert of["parameters"] == pytest.approx(2 * count, rel=0.05)
-    assert of["master weights"] == pytest.approx(4 * count / 2, rel=0.02)
-    assert of["optimizer states"] == pytest.approx(8 * count / 2, rel=0.02)
-    assert of["teacher"] == pytest.approx(2 * of_teacher, rel=0.1)
-    assert sum(of.values()) == totals["requested"] == max(report["phases"].values())
+    num_weights = sum(p.numel() for p in objective.parameters())
+    num_teacher_weights = sum(p.numel() for p in teacher.parameters())
+    categories = report["categories"]
+    totals = report["totals"]
+    assert categories["parameters"] == pytest.approx(2 * num_weights, rel=0.05)
+    assert categories["master weights"] == pytest.approx(4 * num_weights / 2, rel=0.02)
+    assert categories["optimizer states"] == pytest.approx(8 * num_weights / 2, rel=0.02)
+    assert categories["teacher"] == pytest.approx(2 * num_teacher_weights, rel=0.1)
+    assert sum(categories.values()) == totals["requested"] == max(report["phases"].values())
     assert totals["requested"] < totals["allocated"] <= totals["reserved"] < totals["device"]
     assert files["--plot"].read_bytes().startswith(b"\x89PNG")
     read_by_pytorchs_tools(pickle.loads(files["--snapshot"].read_bytes()), totals)
 
 
 def read_by_pytorchs_tools(snapshot: dict, totals: dict[str, int]) -> None:
-    """The state and history of a replay."""
-    segments, live, peak = snapshot["segments"], 0, 0
-    assert all(sum(block["size"] for block in segment["blocks"]) == segment["total_size"] for segment in segments)
+    """Assert that the state and history of a replay agree, and that PyTorch's tools draw them."""
+    segments = snapshot["segments"]
+    for segment in segments:
+        assert sum(block["size"] for block in segment["blocks"]) == segment["total_size"]
+    live = peak = 0
     for entry in snapshot["device_traces"][0]:
         live += {"alloc": 1, "free_completed": -1}.get(entry["action"], 0) * entry["size"]
         peak = max(peak, live)
@@ -85,7 +88,7 @@ def read_by_pytorchs_tools(snapshot: dict, totals: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("room", [99, 100, 1000, 12_345, 10**7, 10**9])
 def test_the_largest_that_fits_is_found_by_few_tries(room):
-    """Of needs that jump, as segments of the allocator do, and turn a little back, as where it begins to free."""
+    """Needs jump, as segments of the allocator do, and turn a little back, as when it begins to free."""
     tried = []
 
     def needs(n: int) -> int:
@@ -94,14 +97,15 @@ def test_the_largest_that_fits_is_found_by_few_tries(room):
 
     n = largest(needs, room)
     assert len(tried) <= 12 and (n == 0 or needs(n) <= room)
-    assert (more := n + n // 200 + 1) > MAX_BATCH or needs(more) > room
+    larger = n + n // 200 + 1
+    assert larger > MAX_BATCH or needs(larger) > room
 
 
 def test_fit_reports_what_fits_and_what_does_not_fit_has_exit_code_3(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("ds_cmli.memory.largest_batch.largest", partial(largest, max_batch=2))
     gpu = {"--gpu-memory": "515MB", "--sm": "8.0"}
-    code, found = by_command(tmp_path, "found", {**gpu, "--fit": "515MB"}, GLOBAL)
-    assert code == 0 and found["setting"]["micro_batch"] == 2 and found["totals"]["device"] <= 515_000_000
+    code, fitting = by_command(tmp_path, "found", {**gpu, "--fit": "515MB"}, GLOBAL)
+    assert code == 0 and fitting["setting"]["micro_batch"] == 2 and fitting["totals"]["device"] <= 515_000_000
     printed = capsys.readouterr()
     assert printed.out.startswith("fits in 0.52 GB with micro-batch 2\n")
     assert "at the peak" in printed.out and "tried, micro-batch: on the device: 1:" in printed.out
@@ -113,7 +117,7 @@ def test_fit_reports_what_fits_and_what_does_not_fit_has_exit_code_3(tmp_path, m
     assert code == 3 and above["totals"]["device"] > 515_000_000
     code, none = by_command(tmp_path, "none", {**gpu, "--fit": "300MB"}, GLOBAL)
     assert code == 3 and none["setting"]["micro_batch"] == 1
-    assert found["categories"]["parameters"] == above["categories"]["parameters"]
+    assert fitting["categories"]["parameters"] == above["categories"]["parameters"]
     assert above["categories"]["teacher"] == 0  # the global loss alone needs none
     assert above["categories"]["activations student"] > 256 * 100_000
 
@@ -129,21 +133,21 @@ def ds_json(stage=2, **zero) -> dict:
 
 @pytest.fixture(scope="module")
 def usual():
-    """Rank 0 of two at stage 2."""
+    """The prediction of rank 0 of two at stage 2."""
     return predicted(Step(config(("global",)), ds_json(), 2), A100)
 
 
 def test_an_offloaded_optimizer_takes_nothing_from_the_device(usual):
     offloaded = ds_json(offload_optimizer={"device": "cpu", "pin_memory": True})
     offloaded["zero_force_ds_cpu_optimizer"] = False
-    there = predicted(Step(config(("global",)), offloaded, 2), A100)
-    assert there.categories["optimizer states"] == there.categories["master weights"] == 0
-    kept = usual.categories["optimizer states"] + usual.categories["master weights"]
-    assert there.totals["requested"] < usual.totals["requested"] - 0.8 * kept
+    report = predicted(Step(config(("global",)), offloaded, 2), A100)
+    assert report.categories["optimizer states"] == report.categories["master weights"] == 0
+    optimizer_bytes = usual.categories["optimizer states"] + usual.categories["master weights"]
+    assert report.totals["requested"] < usual.totals["requested"] - 0.8 * optimizer_bytes
 
 
 def test_parameters_are_flattened_on_the_host_where_the_device_has_no_room_for_both(usual):
-    """As DeepSpeed does at stages 1 and 2: then both copies never lie on the device; and the rest stays as it was."""
+    """DeepSpeed does so at stages 1 and 2. Both copies then never lie on the device, and the rest stays as it was."""
 
     def most_before_master_weights(events) -> int:
         first = next(place for place, event in enumerate(events) if event.category == "master weights")
@@ -162,17 +166,17 @@ def test_cached_micro_batches_hold_features_and_a_gpu_without_the_kernels_takes_
     cached = predicted(Step(config(("cmli",), optim={"negatives": "global_batch"}), json_, 2), A100)
     assert cached.categories["cached features"] > 0 and cached.setting["cmli_backend"] == "triton"
     json_ |= {"fp16": {"enabled": True}, "bf16": {"enabled": False}}
-    other = predicted(Step(config(("cmli",), optim={"negatives": "micro_batch"}), json_, 2), gpus.find("T4"))
-    assert other.categories["cached features"] == 0 and other.setting["cmli_backend"] == "torch"
+    fallback = predicted(Step(config(("cmli",), optim={"negatives": "micro_batch"}), json_, 2), gpus.find("T4"))
+    assert fallback.categories["cached features"] == 0 and fallback.setting["cmli_backend"] == "torch"
 
 
 def test_zero_3_gathers_parameters_and_leaves_nothing_for_the_next_prediction(usual):
-    before = F.linear
+    linear = F.linear
     report = predicted(Step(config(("global",)), ds_json(3), 2), A100)
-    assert F.linear is before
+    assert F.linear is linear
     assert {event.stream for event in report.events if event.bytes > 0} > {0}
     assert report.totals["requested"] == max(report.phases.values())
-    # What linear layers keep are activations as before, although a function of DeepSpeed's allocates it.
+    # Linear layers keep activations as before, although a function of DeepSpeed's allocates it.
     assert report.categories["activations student"] >= usual.categories["activations student"]
 
 
@@ -182,8 +186,8 @@ def test_a_deterministic_run_is_predicted_with_the_partial_gradients_of_attentio
     report = predicted(Step(deterministic, ds_json(), 2), A100)
 
     def largest_inside_attention(events) -> int:
-        inside = "aten._scaled_dot_product_flash_attention_backward.default, inside"
-        return max(event.bytes for event in events if event.op == inside)
+        op = "aten._scaled_dot_product_flash_attention_backward.default, op"
+        return max(event.bytes for event in events if event.op == op)
 
     # 8 pairs and 2 heads: 108 multiprocessors / 16, rounded up.
     assert largest_inside_attention(report.events) == 7 * largest_inside_attention(usual.events)
@@ -191,7 +195,7 @@ def test_a_deterministic_run_is_predicted_with_the_partial_gradients_of_attentio
 
 
 def test_each_group_of_ranks_is_a_communicator_on_the_device(usual):
-    """That of all ranks, and DeepSpeed's clone of it; a rank alone connects to nobody."""
+    """All ranks form one group, and DeepSpeed clones it. A single rank connects to nobody."""
     outside = usual.totals["device"] - usual.totals["reserved"]
     assert outside == A100.context.bytes + 2 * A100.nccl.bytes
     single = predicted(Step(config(("global",)), ds_json()), A100)
@@ -216,29 +220,32 @@ def test_a_training_has_the_same_bits_before_and_after_predictions_that_end_well
         distributed.shutdown()
         return losses
 
-    before, apply, hook, generator = train(), nn.Module._apply, sys.excepthook, torch.get_rng_state()
-    sizes = [predicted(Step(config(), json_, world), A100).totals["requested"] for world in (1, 8, 1)]
-    assert sizes[0] == sizes[2] != sizes[1]
+    losses = train()
+    apply = nn.Module._apply
+    hook = sys.excepthook
+    generator = torch.get_rng_state()
+    first, of_8_ranks, again = (predicted(Step(config(), json_, world), A100).totals for world in (1, 8, 1))
+    assert first["requested"] == again["requested"] != of_8_ranks["requested"]
     with pytest.raises(UserError, match="no_such_model"):
         predicted(Step(config(student={"image_model": "no_such_model"}), json_, 2), A100)
     assert nn.Module._apply is apply and sys.excepthook is hook and not torch.cuda.is_available()
     assert torch.equal(torch.get_rng_state(), generator) and type(torch.empty(1)) is torch.Tensor
-    assert train() == before
+    assert train() == losses
 
 
 @pytest.mark.slow
 def test_the_rank_that_needs_the_most_is_predicted():
     step = Step(config(("global",), 1), ds_json(), 3)
-    each = [predicted(replace(step, rank=rank), A100).totals["requested"] for rank in range(3)]
+    bytes_by_rank = [predicted(replace(step, rank=rank), A100).totals["requested"] for rank in range(3)]
     worst = predicted_worst(step, A100)
-    assert worst.totals["requested"] == max(each) > min(each)
-    assert each[worst.setting["rank"]] == max(each)
+    assert worst.totals["requested"] == max(bytes_by_rank) > min(bytes_by_rank)
+    assert bytes_by_rank[worst.setting["rank"]] == max(bytes_by_rank)
 
 
-def report(stage: int = 2, source: str = "predicted", device: int = 24 * 10**9) -> Report:
+def report(stage: int = 2, source: str = "predicted") -> Report:
     setting = {"world_size": 8, "rank": 0, "micro_batch": 64, "zero_stage": stage, "checkpointing": stage == 2}
     setting |= {"losses": ["global", "cmli"]}
-    totals = {"requested": 20 * 10**9, "reserved": 22 * 10**9, "device": device}
+    totals = {"requested": 20 * 10**9, "reserved": 22 * 10**9, "device": 24 * 10**9}
     return Report(setting, source, dict.fromkeys(CATEGORIES, 0), dict.fromkeys(PHASES, 0), totals)
 
 
@@ -250,17 +257,17 @@ def shown(printed: Report) -> str:
 
 def test_what_zero_3_may_reserve_beyond_its_prediction_is_in_every_answer():
     margin = "with ZeRO-3 up to 5% more"
-    found = LargestBatch(64, report(stage=3), {64: 24 * 10**9, 65: 26 * 10**9})
+    largest_batch = LargestBatch(64, report(stage=3), {64: 24 * 10**9, 65: 26 * 10**9})
     answer = "fits in 25.00 GB with micro-batch 64; 65 needs 26.00 GB"
-    assert fit_sentence(found, 25 * 10**9) == f"{answer}; {margin} may be reserved"
+    assert fit_sentence(largest_batch, 25 * 10**9) == f"{answer}; {margin} may be reserved"
     over = "micro-batch 64 with ZeRO-3 over 8 GPUs"
     assert f"{over} needs 24.00 GB ({margin}) and fits on a A100 80GB" in sentence(report(stage=3), A100)
     assert f"taken from the device by the allocator; {margin}" in shown(report(stage=3))
     assert "checkpointing on, losses global + cmli" in shown(report()) and "20,000,000,000" in shown(report())
     assert "checkpointing off, " in shown(report(stage=3))
-    for other in (report(stage=2), report(stage=3, source="measured: NVIDIA A100")):
-        assert margin not in sentence(other, A100) and margin not in shown(other)
-        assert fit_sentence(LargestBatch(64, other, found.tried), 25 * 10**9) == answer
+    for without_margin in (report(stage=2), report(stage=3, source="measured: NVIDIA A100")):
+        assert margin not in sentence(without_margin, A100) and margin not in shown(without_margin)
+        assert fit_sentence(LargestBatch(64, without_margin, largest_batch.tried), 25 * 10**9) == answer
 
 
 def test_a_blackwell_gpu_is_predicted_with_a_line_on_this_machines_triton():
@@ -269,21 +276,18 @@ def test_a_blackwell_gpu_is_predicted_with_a_line_on_this_machines_triton():
 
 
 def test_progress_without_a_terminal_is_a_line_before_each_trial(capsys):
-    unknown, known = Progress(), Progress(num_trials=2)
-    unknown.begin("micro-batch 1", 8)
-    unknown.begin("micro-batch 64", 7)
-    known.begin("E1 ours")
-    known.end()
+    search = Progress()
+    search.begin("micro-batch 1", 8)
+    search.begin("micro-batch 64", 7)
+    two_trials = Progress(num_trials=2)
+    two_trials.begin("E1 ours")
+    two_trials.end()
     first, second, third = capsys.readouterr().err.splitlines()
     assert first == "trial 1: micro-batch 1"
     assert re.fullmatch(r"trial 2: micro-batch 64; about \d+ s left", second)
     assert third == "trial 1 of 2: E1 ours"
-    assert [trials_left(sizes, 100) for sizes in ({}, {1: 10}, {1: 10, 64: 50, 128: 200}, {99: 99, 100: 101})] == [
-        8,
-        7,
-        6,
-        1,
-    ]
+    tried = ({}, {1: 10}, {1: 10, 64: 50, 128: 200}, {99: 99, 100: 101})
+    assert [trials_left(sizes, 100) for sizes in tried] == [8, 7, 6, 1]
 
 
 def test_sizes_as_they_are_typed():

@@ -4,12 +4,14 @@ import pytest
 
 from ds_cmli.memory_model.caching_allocator import CachingAllocator, Event, OutOfMemory, replay
 
-K, M = 1 << 10, 1 << 20
+K = 1 << 10
+M = 1 << 20
 
 
 def taken(steps: list[int], limit: int = 1 << 44) -> CachingAllocator:
-    """Positive: allocate so many bytes; -n: free the n-th allocation, counted from 1."""
-    allocator, blocks = CachingAllocator(limit=limit), []
+    """Take steps. Positive: allocate so many bytes; -n: free the n-th allocation, counted from 1."""
+    allocator = CachingAllocator(limit=limit)
+    blocks = []
     for step in steps:
         if step > 0:
             blocks.append(allocator.malloc(step))

@@ -1,4 +1,4 @@
-"""What CUDA's operators hold inside: figures of torch 2.13.0+cu130's own allocator on the null GPU, 2026-11-27."""
+"""Memory inside CUDA's operators: figures of torch 2.13.0+cu130's own allocator on the null GPU, 2026-11-27."""
 
 import pytest
 import torch
@@ -7,7 +7,10 @@ from ds_cmli.memory_model import gpus, workspaces
 from ds_cmli.memory_model.caching_allocator import Event
 from ds_cmli.memory_model.workspaces import OPERATORS, Inside, returned, with_cublas
 
-aten, bf16, fp16, fp32 = torch.ops.aten, torch.bfloat16, torch.float16, torch.float32
+aten = torch.ops.aten
+bf16 = torch.bfloat16
+fp16 = torch.float16
+fp32 = torch.float32
 A100, RTX_3090, H100, T4 = (gpus.find(name) for name in ("A100 80GB", "RTX 3090", "H100 80GB", "T4"))
 FLASH = aten._scaled_dot_product_flash_attention_backward.default
 EFFICIENT = aten._scaled_dot_product_efficient_attention_backward.default
@@ -26,6 +29,14 @@ def held(func, *args, gpu=A100) -> Inside:
     return OPERATORS[func](args, gpu)
 
 
+X = heads(8, 6, 64, 64)
+KEY = heads(8, 2, 64, 64)
+OTHER_LAYOUT = empty(8, 6, 64, 64)
+FITTING = (8, 12, 197, 64)
+SHORTER = (8, 12, 50, 64)
+MASK = empty(8, 1, 1, 197)
+
+
 @pytest.mark.parametrize(
     "shape, dims, blocks",
     [
@@ -37,9 +48,6 @@ def held(func, *args, gpu=A100) -> Inside:
 )
 def test_sums_over_rows_stage_their_partial_results(shape, dims, blocks):
     assert held(aten.sum.dim_IntList, empty(*shape), dims, True).after == (() if blocks is None else (blocks,))
-
-
-X, KEY, OTHER_LAYOUT = heads(8, 6, 64, 64), heads(8, 2, 64, 64), empty(8, 6, 64, 64)
 
 
 @pytest.mark.parametrize(
@@ -71,12 +79,8 @@ def test_memory_efficient_attention_s_backward(gpu, shape, dtype, blocks):
     assert held(EFFICIENT, x, x, x, x, *[None] * 5, 0.0, gpu=gpu) == Inside(((),), tuple(blocks))
 
 
-FITTING, OTHERS = (8, 12, 197, 64), (8, 12, 50, 64)
-MASK = empty(8, 1, 1, 197)
-
-
 @pytest.mark.parametrize(
-    "gpu, dtype, query, key, other, kernel",
+    "gpu, dtype, query, key, options, kernel",
     [
         (A100, bf16, FITTING, FITTING, {}, "flash"),
         (A100, bf16, FITTING, FITTING, {"mask": MASK.expand(8, 1, 197, 197).mT}, "math"),
@@ -84,7 +88,7 @@ MASK = empty(8, 1, 1, 197)
         (A100, fp32, (8, 12, 197, 62), (8, 12, 197, 62), {}, "math"),
         (A100, fp16, (8, 12, 197, 12), (8, 12, 197, 12), {"mask": MASK}, "math"),
         (A100, fp16, (8, 12, 197, 264), (8, 12, 197, 264), {}, "efficient"),
-        (A100, fp16, FITTING, OTHERS, {"causal": True}, "efficient"),
+        (A100, fp16, FITTING, SHORTER, {"causal": True}, "efficient"),
         (A100, fp16, FITTING, (8, 4, 197, 64), {}, "math"),
         (A100, fp16, FITTING, (8, 4, 197, 64), {"grouped": True}, "flash"),
         (A100, fp16, FITTING, FITTING, {"value": empty(8, 12, 197, 32, dtype=fp16)}, "efficient"),
@@ -94,31 +98,32 @@ MASK = empty(8, 1, 1, 197)
         (T4, bf16, FITTING, FITTING, {}, "math"),
     ],
 )
-def test_which_attention_a_gpu_chooses(gpu, dtype, query, key, other, kernel):
-    """As PyTorch's own choice on the null GPU, but for cuDNN's, which training turns off."""
-    inputs = [empty(*shape, dtype=dtype).requires_grad_() for shape in (query, key, key)]
-    given = {"value": inputs[2], "mask": None, "dropout": 0.0, "causal": False, "grouped": False, **other}
-    assert workspaces.attention(*inputs[:2], *given.values(), gpu) == kernel
+def test_which_attention_a_gpu_chooses(gpu, dtype, query, key, options, kernel):
+    """The kernel is PyTorch's own choice on the null GPU, but for cuDNN's, which training turns off."""
+    query, key, value = (empty(*shape, dtype=dtype).requires_grad_() for shape in (query, key, key))
+    arguments = {"value": value, "mask": None, "dropout": 0.0, "causal": False, "grouped": False, **options}
+    assert workspaces.attention(query, key, *arguments.values(), gpu) == kernel
 
 
 def test_the_embedding_s_backward():
-    indices, grad = torch.empty(4096, dtype=torch.int64, device="meta"), empty(4096, 384)
-    arguments = grad, indices, 1837, -1, False
+    arguments = empty(4096, 384), empty(4096, dtype=torch.int64), 1837, -1, False
     bytes_held = held(aten.embedding_dense_backward.default, *arguments)
     assert bytes_held.before == ((32_768, 32_768, 32_768, 72_191), (32_768, 32_768))
     assert bytes_held.after[-1] == (32_768, 32_768, 32_768, 8, 14_696, 14_696, 8, 17_968, 3_449_856)
     sorting = held(aten.embedding_dense_backward.default, *arguments, gpu=H100).before[0]
     assert sorting == (32_768, 32_768, 32_768, 71_167)
     # A block sorts 3,840 keys, so 7,681 take three.
-    grad, indices = empty(7681, 384), torch.empty(7681, dtype=torch.int64, device="meta")
-    sorting = held(aten.embedding_dense_backward.default, grad, indices, 255, -1, False).before[0]
+    arguments = empty(7681, 384), empty(7681, dtype=torch.int64), 255, -1, False
+    sorting = held(aten.embedding_dense_backward.default, *arguments).before[0]
     assert sorting[-1] == 256 * 8 + 3 * 1024 + 256 + 255
 
 
 def test_many_short_rows_of_a_layer_norm():
-    rows, weight, sums = empty(70_000, 1, dtype=fp32), empty(768), (2_096_640, 2_096_640)
-    of_many = (*sums, 1536, 8_650_752, 24)
-    for count, inside in ((70_000, (of_many, sums, of_many)), (65_536, ((),))):
+    rows = empty(70_000, 1, dtype=fp32)
+    weight = empty(768)
+    sums = (2_096_640, 2_096_640)
+    gradient_blocks = (*sums, 1536, 8_650_752, 24)
+    for count, inside in ((70_000, (gradient_blocks, sums, gradient_blocks)), (65_536, ((),))):
         x = empty(count, 768)
         arguments = x, x, [768], rows, rows, weight, weight, [True] * 3
         assert held(aten.native_layer_norm_backward.default, *arguments).after == inside
@@ -126,16 +131,18 @@ def test_many_short_rows_of_a_layer_norm():
 
 def test_convolutions_copy_a_gradient_and_keep_channels_last():
     grad = empty(64, 36, 384, dtype=fp32).transpose(1, 2).unflatten(2, (6, 6))
-    x, weight = empty(64, 3, 84, 84, dtype=fp32), empty(384, 3, 14, 14, dtype=fp32)
+    x = empty(64, 3, 84, 84, dtype=fp32)
+    weight = empty(384, 3, 14, 14, dtype=fp32)
     shape = [384], [14, 14], [0, 0], [1, 1], False, [0, 0], 1, [False, True, True]
     bytes_held = held(aten.convolution_backward.default, grad, x, weight, *shape)
     assert bytes_held == Inside(((3_538_944,), (3_538_944,)), ((3_538_944,),))
-    x, weight = torch.empty(2, 8, 4, 4), torch.empty(8, 8, 3, 3)
-    rest = [None, [1, 1], [1, 1], [1, 1], False, [0, 0]]
+    x = torch.empty(2, 8, 4, 4)
+    weight = torch.empty(8, 8, 3, 3)
+    options = [None, [1, 1], [1, 1], [1, 1], False, [0, 0]]
     for layout in (torch.contiguous_format, torch.channels_last):
-        args = x, weight.to(memory_format=layout), *rest, 1
+        args = x, weight.to(memory_format=layout), *options, 1
         assert returned(aten.convolution.default, args, x.clone()).is_contiguous(memory_format=layout)
-    apart = x, torch.empty(8, 1, 3, 3).to(memory_format=torch.channels_last), *rest, 8  # a kernel of PyTorch's own
+    apart = x, torch.empty(8, 1, 3, 3).to(memory_format=torch.channels_last), *options, 8  # a kernel of PyTorch's own
     assert returned(aten.convolution.default, apart, x.clone()).is_contiguous()
 
 

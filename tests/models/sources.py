@@ -9,20 +9,9 @@ from typing import Any, NamedTuple
 
 import open_clip
 import torch
+import transformers
 from open_clip.push_to_hf_hub import save_config_for_hf
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    AutoTokenizer,
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    RobertaConfig,
-    SiglipConfig,
-    SiglipImageProcessor,
-    SiglipModel,
-)
 
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import DataConfig
@@ -35,6 +24,7 @@ from tests import make
 SIZES = {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION = {**SIZES, "hidden_size": 32, "image_size": 56, "patch_size": 14}
 SQUARE = {"height": 56, "width": 56}
+LARGER = {"image_size": 84, "context_length": 154}  # settings of data
 
 
 def text(**more):
@@ -45,20 +35,22 @@ def text(**more):
 def clip(folder: Path, act: str = "quick_gelu", text_width: int = 48, **processor) -> Path:
     torch.manual_seed(0)
     words = text(hidden_size=text_width, max_position_embeddings=77, hidden_act=act)
-    model = CLIPModel(CLIPConfig(projection_dim=24, vision_config={**VISION, "hidden_act": act}, text_config=words))
+    configs = {"vision_config": {**VISION, "hidden_act": act}, "text_config": words}
+    model = transformers.CLIPModel(transformers.CLIPConfig(projection_dim=24, **configs))
     torch.nn.init.constant_(model.logit_scale, 4.2)
-    return saved(folder, model, CLIPImageProcessor(**{"size": {"shortest_edge": 56}, "crop_size": SQUARE, **processor}))
+    sizes = {"size": {"shortest_edge": 56}, "crop_size": SQUARE}
+    return saved(folder, model, transformers.CLIPImageProcessor(**(sizes | processor)))
 
 
 def siglip(folder: Path, **processor) -> Path:
     torch.manual_seed(0)
     words = text(max_position_embeddings=64, projection_size=32)
-    model = SiglipModel(SiglipConfig(vision_config=VISION, text_config=words))
+    model = transformers.SiglipModel(transformers.SiglipConfig(vision_config=VISION, text_config=words))
     torch.nn.init.constant_(model.logit_scale, 4.76)
     torch.nn.init.constant_(model.logit_bias, -12.9)
     for parameter in model.vision_model.head.parameters():  # whose biases are zeros
         torch.nn.init.normal_(parameter, std=0.2)
-    return saved(folder, model, SiglipImageProcessor(size=SQUARE, **processor))
+    return saved(folder, model, transformers.SiglipImageProcessor(size=SQUARE, **processor))
 
 
 def saved(folder: Path, model, processor) -> Path:
@@ -68,13 +60,12 @@ def saved(folder: Path, model, processor) -> Path:
 
 
 # Of open_clip.
-
 VIT = {"image_size": 56, "layers": 2, "width": 32, "head_width": 16, "patch_size": 14}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 48, "heads": 2, "layers": 2}
 CAPTIONS = {"context_length": 76, "vocab_size": 49408, "width": 48, "heads": 2, "layers": 1}
 
 
-def of_timm(name: str, size: int, pool: str, proj: str | None) -> dict:
+def timm_tower(name: str, size: int, pool: str, proj: str | None) -> dict:
     return {"timm_model_name": name, "image_size": size, "timm_pool": pool, "timm_proj": proj}
 
 
@@ -91,7 +82,7 @@ MODELS = {
         quick_gelu=True,
     ),
     "resnet": towers({"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8, "patch_size": None}),
-    "convnext": towers({**of_timm("test_convnext", 64, "", "linear"), "timm_drop_path": 0.1}),
+    "convnext": towers({**timm_tower("test_convnext", 64, "", "linear"), "timm_drop_path": 0.1}),
     "coca": towers(
         {**VIT, "attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 8, "output_tokens": True},
         {**TEXT, "context_length": 76, "embed_cls": True, "output_tokens": True},
@@ -99,30 +90,30 @@ MODELS = {
         custom_text=True,
     ),
     "siglip": towers(
-        of_timm("test_vit3", 160, "map", "none"),
+        timm_tower("test_vit3", 160, "map", "none"),
         {**TEXT, "context_length": 64, "no_causal_mask": True, "proj_bias": True, "pool_type": "last"},
         custom_text=True,
         init_logit_bias=-10,
     )
     | {"embed_dim": 96},
-    "token": towers(of_timm("test_vit", 160, "token", None), {**TEXT, "no_causal_mask": True}, custom_text=True),
+    "token": towers(timm_tower("test_vit", 160, "token", None), {**TEXT, "no_causal_mask": True}, custom_text=True),
 }
-OF_OPEN_CLIP = (*MODELS, "roberta")  # the last with a text encoder of transformers
+OPEN_CLIP_KINDS = (*MODELS, "roberta")  # the last with a text encoder of transformers
 PREPROCESS = {"siglip": {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash", "interpolation": "bilinear"}}
 
 
-def of_roberta(folder: Path) -> dict:
+def roberta_towers(folder: Path) -> dict:
     """A model with a text encoder of transformers, whose configuration the folder gets."""
-    RobertaConfig(**text(max_position_embeddings=90)).save_pretrained(folder)
+    transformers.RobertaConfig(**text(max_position_embeddings=90)).save_pretrained(folder)
     builtin_tokenizer().save_pretrained(folder)
     names = {"hf_model_name": str(folder), "hf_tokenizer_name": str(folder)}
     return towers(VIT, {**names, "hf_pooler_type": "mean_pooler"})
 
 
-def of_open_clip(folder: Path, kind: str, file: str = "open_clip_model.safetensors") -> Path:
+def write_open_clip(folder: Path, kind: str, file: str = "open_clip_model.safetensors") -> Path:
     torch.manual_seed(0)
     folder.mkdir(parents=True)
-    model_cfg = of_roberta(folder / "text") if kind == "roberta" else deepcopy(MODELS[kind])
+    model_cfg = roberta_towers(folder / "text") if kind == "roberta" else deepcopy(MODELS[kind])
     path = folder / "open_clip_config.json"
     if kind == "roberta":
         builtin_tokenizer().save_pretrained(folder)
@@ -143,7 +134,7 @@ def of_open_clip(folder: Path, kind: str, file: str = "open_clip_model.safetenso
     return folder
 
 
-OF_TRANSFORMERS: dict[str, Callable[[Path], Path]] = {
+TRANSFORMERS_MODELS: dict[str, Callable[[Path], Path]] = {
     "CLIP": clip,
     "gelu": partial(clip, act="gelu"),
     "squashed": partial(clip, size=SQUARE),
@@ -153,7 +144,7 @@ OF_TRANSFORMERS: dict[str, Callable[[Path], Path]] = {
 
 
 def write_source(folder: Path, kind: str) -> Path:
-    write = OF_TRANSFORMERS.get(kind, partial(of_open_clip, kind=kind))
+    write = TRANSFORMERS_MODELS.get(kind, partial(write_open_clip, kind=kind))
     return write(folder)
 
 
@@ -174,18 +165,18 @@ class LibraryFeatures(NamedTuple):
 
 
 @torch.no_grad()
-def of_library(folder: Path, pictures: list, texts: list[str]) -> LibraryFeatures:
+def library_features(folder: Path, pictures: list, texts: list[str]) -> LibraryFeatures:
     if (folder / "open_clip_config.json").is_file():
         model, transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
         pixels = torch.stack([*map(transform, pictures)])
         ids = open_clip.get_tokenizer(f"local-dir:{folder}")(texts)
         features = model.eval().encode_image(pixels), model.encode_text(ids)
         return LibraryFeatures(model, pixels, model.visual.image_std, ids, *features)
-    processor = AutoImageProcessor.from_pretrained(folder)
-    model = AutoModel.from_pretrained(folder)
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    model = transformers.AutoModel.from_pretrained(folder)
     pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
     length = model.config.text_config.max_position_embeddings
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     words = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     ids = words["input_ids"]
     mask = {"attention_mask": words["attention_mask"]} if model.config.model_type == "clip" else {}
@@ -195,9 +186,6 @@ def of_library(folder: Path, pictures: list, texts: list[str]) -> LibraryFeature
 
 def library_weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(min(folder.glob("*.safetensors")))
-
-
-# Trainings that start from one.
 
 
 def train_from(

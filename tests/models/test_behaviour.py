@@ -10,6 +10,7 @@ from ds_cmli.models.adapters import merge_adapters
 from ds_cmli.models.student import Teacher
 from tests import make
 
+LORA = {"image": ["qkv", "mlp.fc1"], "text": ["query"]}
 LOSSES = {"weights": {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}}
 
 
@@ -79,7 +80,7 @@ def test_the_teacher_gives_normalised_features_of_frozen_weights(built, images):
 
 def test_a_teacher_of_convolutions_gives_a_picture_the_same_features_in_each_batch(images):
     """BatchNorm would otherwise compare the pictures of a batch, and change its statistics."""
-    overrides = {"layers": [1, 1, 1, 1]}
+    overrides = make.FEATURE_MAPS["resnet18"]
     teacher = Teacher(TeacherConfig(model="resnet18", weights="random", block=-1, overrides=overrides), 64, (2, 2))
     larger = torch.nn.functional.pad(images, (0, 8, 0, 8))
     together = teacher(larger).patches
@@ -107,11 +108,6 @@ def test_one_projection_starts_orthonormal_and_serves_both_sides(built):
     weight = built[0].student.projection.weight
     assert_close(weight @ weight.t(), torch.eye(16), rtol=1e-4, atol=1e-5)
     assert sum("projection.weight" in name for name, _ in built[0].named_parameters()) == 1
-
-
-# Adapters.
-
-LORA = {"image": ["qkv", "mlp.fc1"], "text": ["query"]}
 
 
 def adapted(lora: dict[str, list[str]], **student):

@@ -12,17 +12,12 @@ from ds_cmli.engine.blocks import checkpoint_blocks
 from ds_cmli.errors import UserError
 from ds_cmli.models.encoders import PixelNorm, changed_fields, text_config
 from ds_cmli.models.student import Student, Teacher
-from tests.make import BERT, T5, VIT
+from tests.make import BERT, FEATURE_MAPS, GPT2, T5, VIT
 
 CONFIG = load_preset("tiny", {})
 S = CONFIG.data.image_size
 VOCAB = 99
 PATCH = {**VIT, "patch_size": 14}
-MAPS = {
-    "swin_tiny_patch4_window7_224": {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]},
-    "convnext_atto": {"depths": [1, 1, 1, 1], "dims": [16, 16, 16, 32]},
-    "resnet18": {"layers": [1, 1, 1, 1], "channels": [16, 16, 16, 32]},
-}
 
 
 def student(positions=8, size=S, **settings):
@@ -40,19 +35,19 @@ PLAIN = (
 )
 
 
-@pytest.mark.parametrize("model", [*PLAIN, *MAPS])
+@pytest.mark.parametrize("model", [*PLAIN, *FEATURE_MAPS])
 def test_image_encoders_give_class_token_and_patches(model):
-    overrides, size, side = (MAPS[model], 96, 3) if model in MAPS else (PATCH, S, 4)
+    overrides, size, side = (FEATURE_MAPS[model], 96, 3) if model in FEATURE_MAPS else (PATCH, S, 4)
     built = student(image_model=model, image_overrides=overrides, size=size)
     cls, patches = built.encode_image(torch.zeros(2, 3, size, size, dtype=torch.uint8))
     assert (cls.shape, patches.shape) == ((2, built.width), (2, side * side, built.width))
-    assert built.grid == (side, side) and (model in MAPS or len(built.image.blocks) == 2)
+    assert built.grid == (side, side) and (model in FEATURE_MAPS or len(built.image.blocks) == 2)
     (cls.sum() + patches.square().sum()).backward()
     first = next(p for p in built.image.model.parameters() if p.ndim == 4)
     assert first.grad.abs().sum() > 0
     targets = teacher(model=model, overrides=overrides, size=size, block=-1)(torch.zeros(2, 3, size, size))
     assert targets.cls.shape == (2, built.width) and targets.patches.shape == (2, 16, built.width)
-    if model in MAPS:  # a stage before the last has more patches: a feature map of 6 x 6 here
+    if model in FEATURE_MAPS:  # a stage before the last has more patches: a feature map of 6 x 6 here
         assert teacher(model=model, overrides=overrides, size=96, block=-2).image.grid == (6, 6)
 
 
@@ -61,7 +56,7 @@ def test_image_encoders_give_class_token_and_patches(model):
 def test_patches_of_feature_maps_lie_row_by_row(model):
     """A bright patch changes its own feature most."""
     torch.manual_seed(0)
-    built = student(image_model=model, image_overrides=MAPS[model], size=128).eval()
+    built = student(image_model=model, image_overrides=FEATURE_MAPS[model], size=128).eval()
     grey = torch.full((1, 3, 128, 128), 100, dtype=torch.uint8)
     for row, column in ((0, 3), (3, 0), (1, 2)):
         picture = grey.clone()
@@ -71,7 +66,7 @@ def test_patches_of_feature_maps_lie_row_by_row(model):
 
 
 def test_batch_norm_keeps_its_statistics():
-    built = student(image_model="resnet18", image_overrides=MAPS["resnet18"], size=64)
+    built = student(image_model="resnet18", image_overrides=FEATURE_MAPS["resnet18"], size=64)
     buffers = {name: buffer.clone() for name, buffer in built.named_buffers() if "running" in name}
     for model in (built, built.eval().train()):
         model.encode_image(torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8))
@@ -94,14 +89,11 @@ def test_other_image_models_are_one_line(settings, why):
         teacher(size=size, **settings)
 
 
-def test_first_layers_of_stages_are_refused():
-    with pytest.raises(UserError, match=r"is .* no plain stack, and student.layers is 1: give null"):
-        student(image_model="resnet18", image_overrides=MAPS["resnet18"], size=96, layers=1)
-
-
-def test_a_student_has_as_many_layers_as_asked_for():
+def test_a_student_has_as_many_layers_as_asked_for_unless_they_are_stages():
     built = student(layers=1)
     assert len(built.image.blocks) == len(built.text.blocks) == 1
+    with pytest.raises(UserError, match=r"is .* no plain stack, and student.layers is 1: give null"):
+        student(image_model="resnet18", image_overrides=FEATURE_MAPS["resnet18"], size=96, layers=1)
 
 
 @torch.no_grad()
@@ -127,7 +119,7 @@ TEXTS = {
     "qwen2": {**BERT, "num_key_value_heads": 2},
     "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64},
     **dict.fromkeys(("google-t5/t5-small", "mt5"), T5),
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2},
+    "gpt2": GPT2,
 }
 
 
@@ -178,11 +170,14 @@ RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "norm_re
 CHECKPOINTED = [
     {"image_model": "beit_base_patch16_224", "image_overrides": VIT},  # relative positions
     {"image_model": "vit_small_patch16_dinov3", "image_overrides": VIT},  # rotary positions
-    *({"image_model": model, "image_overrides": MAPS[model]} for model in ("swin_tiny_patch4_window7_224", "resnet18")),
+    *(
+        {"image_model": model, "image_overrides": FEATURE_MAPS[model]}
+        for model in ("swin_tiny_patch4_window7_224", "resnet18")
+    ),
     {"text_model": "albert", "text_overrides": {**BERT, "embedding_size": 16}},  # its layers share their weights
     {"text_model": "deberta-v2", "text_overrides": {**BERT, **RELATIVE, "position_biased_input": False}},
     {"text_model": "t5", "text_overrides": T5},
-    {"text_model": "gpt2", "text_overrides": TEXTS["gpt2"]},  # keeps keys and values unless told otherwise
+    {"text_model": "gpt2", "text_overrides": GPT2},  # keeps keys and values unless told otherwise
 ]
 
 

@@ -10,11 +10,11 @@ from transformers import AutoModel
 from ds_cmli.engine.build import starting_line
 from ds_cmli.errors import UserError
 from ds_cmli.models.dual import stretched
-from tests import make
-from tests.models.sources import export, run_of, settings, start, train_from
+from tests.models.sources import LARGER, export, run_of, start
 
 SIDES = {"convnext": 64, "siglip": 160, "token": 160}  # of their own pictures; of the others 56
 PATCHES = {"convnext": 32, "siglip": 16, "token": 16}  # of the others 14
+SLOW_KINDS = ("clipa", "coca", "convnext", "token")
 TEXTS = ["A Red  apple, isn't it?", "two dogs", "long " * 160]
 
 
@@ -27,13 +27,10 @@ def resized_by_the_library(folder, image_size: int):
     return lambda pixels: model.get_image_features(pixels, interpolate_pos_encoding=True).pooler_output
 
 
-ALSO = ("clipa", "coca", "convnext", "token")
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("larger", [True, False])
 @pytest.mark.parametrize(
-    "kind", ["CLIP", "SigLIP", "vit", "siglip", *(pytest.param(x, marks=pytest.mark.slow) for x in ALSO)]
+    "kind", ["CLIP", "SigLIP", "vit", "siglip", *(pytest.param(x, marks=pytest.mark.slow) for x in SLOW_KINDS)]
 )
 def test_pictures_of_another_size_have_the_features_of_the_librarys_own_resize(kind, larger, folders):
     patch = PATCHES.get(kind, 14)
@@ -84,7 +81,6 @@ def test_positions_are_stretched_as_long_clip_does_it():
         assert_close(result[244 + quarter], table[76] + (table[76] - table[75]) * quarter / 4)
 
 
-LARGER = {"image_size": 84, "context_length": 154}
 # The settings of `data`, and the end of the line that says what a training starts from.
 STARTS = {
     "CLIP": (LARGER, "pictures 4 x 4 -> 6 x 6 patches (bicubic), texts 77 -> 154 (the first 20 are kept)"),
@@ -108,18 +104,6 @@ def test_the_export_of_a_timm_tower_that_open_clip_cannot_build_is_one_line(fold
     with pytest.raises(UserError, match=r"^--as open_clip: 'visual.trunk.pos_embed' is \[1, 226, 96\] [^\n]* 240 px"):
         export(run, tmp_path / "back", "--as", "open_clip")
     assert not (tmp_path / "back").exists()
-
-
-@pytest.mark.slow
-def test_training_starts_at_another_size_and_its_export_starts_another(source, folders, tmp_path, capfd):
-    chosen = {**{f"data.{name}": value for name, value in LARGER.items()}, "optim.lr": 1e-3}
-    run = train_from(folders("CLIP"), source, tmp_path / "run", 20, chosen, {"zero_optimization": {"stage": 2}})
-    _, end = STARTS["CLIP"]
-    assert end in capfd.readouterr().out
-    losses = [line["loss"] for line in make.lines(run)]
-    assert losses[-1] < losses[0]
-    config = settings(export(run, tmp_path / "back", "--as", "clip"))
-    assert (config.data.image_size, config.data.context_length) == (84, 154)
 
 
 def test_sizes_that_a_source_cannot_have_are_one_line(folders):

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -28,21 +29,7 @@ from ds_cmli.evaluate.__main__ import command as evaluate
 from ds_cmli.inference import Model
 from ds_cmli.models.student import Student
 from tests import make
-from tests.models.sources import (
-    MODELS,
-    OF_OPEN_CLIP,
-    OF_TRANSFORMERS,
-    clip,
-    export,
-    library_of,
-    library_weights,
-    of_library,
-    of_open_clip,
-    run_of,
-    settings,
-    start,
-    train_from,
-)
+from tests.models import sources
 
 TEXTS = [
     "A Red  apple, isn't it?",
@@ -51,14 +38,20 @@ TEXTS = [
     "e\u0301clair",
     "long " * 99,
 ]
-ALIKE = ("clipa", "token")  # as others are, in most
-KINDS = [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ALIKE)) for kind in (*OF_TRANSFORMERS, *OF_OPEN_CLIP)]
+LOSS_BY_KIND = {"CLIP": "global", "SigLIP": "global_sigmoid", "vit": "global"}
+LARGER_SETTINGS = {f"data.{name}": value for name, value in sources.LARGER.items()}
+LORA = {"student.lora": {"image": ["q_proj", "v_proj"], "text": ["q_proj", "fc1"]}}
+SLOW_KINDS = ("clipa", "token")  # as others are, in most
+ALL_KINDS = (*sources.TRANSFORMERS_MODELS, *sources.OPEN_CLIP_KINDS)
+EXPORTED = [("CLIP", {}), ("SigLIP", {}), ("roberta", {}), ("CLIP", sources.LARGER), ("SigLIP", {"image_size": 84})]
+SLOW_EXPORTS = [*((kind, {}) for kind in ("vit", "convnext", "coca", "siglip")), ("vit", sources.LARGER)]
+KINDS = [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW_KINDS)) for kind in ALL_KINDS]
 
 
 @pytest.fixture(scope="session")
 def begun(folders):
     """The objective, the configuration and the tokenizer of a training from a source, made once."""
-    return cache(lambda kind: start(folders(kind)))
+    return cache(lambda kind: sources.start(folders(kind)))
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +65,7 @@ def pictures():
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_first_step_equals_the_source(kind, folders, begun, pictures):
     objective, config, words = begun(kind)
-    expected = of_library(folders(kind), pictures, TEXTS)
+    expected = sources.library_features(folders(kind), pictures, TEXTS)
     pixels = torch.stack([View.of(config.data)(picture) for picture in pictures])
     std = torch.tensor(expected.std)[:, None, None]
     # In units of a pixel value of 1, this is the rounding of the mean alone.
@@ -111,7 +104,7 @@ POOLING = {
 @pytest.mark.parametrize("kind", POOLING)
 def test_a_patch_starts_where_a_picture_of_it_alone_would(kind, folders, begun, pictures):
     tower = begun(kind)[0].student.image
-    model: Any = of_library(folders(kind), pictures[:1], TEXTS[:1]).model
+    model: Any = sources.library_features(folders(kind), pictures[:1], TEXTS[:1]).model
     width = model.visual.trunk.num_features if hasattr(getattr(model, "visual", None), "trunk") else 32
     x = torch.randn(5, width)
     assert_close(tower.token_head(x), POOLING[kind](model, x), rtol=0, atol=1e-5)
@@ -120,13 +113,13 @@ def test_a_patch_starts_where_a_picture_of_it_alone_would(kind, folders, begun, 
 
 
 def test_shared_blocks_start_as_the_identity_where_widths_agree(folders, tmp_path):
-    folder = clip(tmp_path / "even", text_width=32)
+    folder = sources.clip(tmp_path / "even", text_width=32)
     image = torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8)
-    plain, blocks = (start(folder, shared_blocks=n)[0].student for n in (0, 2))
+    plain, blocks = (sources.start(folder, shared_blocks=n)[0].student for n in (0, 2))
     assert len(blocks.shared) == 2
     assert_close(blocks.image_embeddings(image), plain.image_embeddings(image), rtol=0, atol=0)
     with pytest.raises(UserError, match="32 and 48 wide: give 0"):
-        start(folders("CLIP"), shared_blocks=1)
+        sources.start(folders("CLIP"), shared_blocks=1)
 
 
 @pytest.mark.parametrize("kind, loss", [("CLIP", "global"), ("SigLIP", "global_sigmoid"), ("siglip", "global_sigmoid")])
@@ -138,8 +131,8 @@ def test_the_preset_trains_the_loss_whose_temperature_the_source_has(kind, loss,
 
 
 def moved_weights(source: Path, export: Path) -> set[str]:
-    trained = library_weights(export)
-    return {name for name, value in library_weights(source).items() if not torch.equal(value, trained[name])}
+    trained = sources.library_weights(export)
+    return {name for name, value in sources.library_weights(source).items() if not torch.equal(value, trained[name])}
 
 
 @pytest.mark.slow
@@ -149,7 +142,7 @@ def test_it_is_evaluated_first_and_the_same_at_zero_3_and_back_in_its_library(fo
     def train(origin: Path, name: str, stage: int, steps: int) -> Path:
         ds_config = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000}}
         settings = {"optim.lr": 1e-3, "student.freeze_image": 2, "student.freeze_text": 1}
-        return train_from(origin, source, tmp_path / name, steps, settings, ds_config)
+        return sources.train_from(origin, source, tmp_path / name, steps, settings, ds_config)
 
     def evaluations(run: Path) -> list[tuple[int, float]]:
         return [(line["step"], line["eval/val/global/mean_recall"]) for line in make.lines(run, "eval/val/pairs")]
@@ -163,61 +156,51 @@ def test_it_is_evaluated_first_and_the_same_at_zero_3_and_back_in_its_library(fo
         assert_close(value, make.weights(two)[name], rtol=1e-4, atol=1e-5)
     _, last_recall = evaluations(two)[-1]
     assert evaluations(train(two, "next", 2, 1))[0] == (0, last_recall)
-    moved = moved_weights(folders("CLIP"), export(two, tmp_path / "back", "--as", "clip"))
+    moved = moved_weights(folders("CLIP"), sources.export(two, tmp_path / "back", "--as", "clip"))
     assert not [name for name in moved if "vision_model.e" in name or "text_model.encoder.layers.0" in name]
     assert any("text_model.encoder.layers.1" in name for name in moved)
 
 
-LARGER = {"image_size": 84, "context_length": 154}
-EXPORTED = [("CLIP", {}), ("SigLIP", {}), ("roberta", {}), ("CLIP", LARGER), ("SigLIP", {"image_size": 84})]
-ALSO_EXPORTED = [*((kind, {}) for kind in ("vit", "convnext", "coca", "siglip")), ("vit", LARGER)]
-
-
-@pytest.mark.parametrize("kind, sizes", [*EXPORTED, *(pytest.param(*x, marks=pytest.mark.slow) for x in ALSO_EXPORTED)])
+@pytest.mark.parametrize("kind, sizes", [*EXPORTED, *(pytest.param(*x, marks=pytest.mark.slow) for x in SLOW_EXPORTS)])
 def test_trained_and_exported_the_library_computes_its_features(kind, sizes, folders, pictures, tmp_path):
-    run = run_of(folders(kind), tmp_path / "run", data=sizes)
-    back = export(run, tmp_path / "back", "--as", library_of(kind))
+    run = sources.run_of(folders(kind), tmp_path / "run", data=sizes)
+    back = sources.export(run, tmp_path / "back", "--as", sources.library_of(kind))
     model = Model.load(run, "cpu")
-    expected = of_library(back, pictures, TEXTS)
+    expected = sources.library_features(back, pictures, TEXTS)
     assert_close(model.embed_images(pictures).cls, F.normalize(expected.images), rtol=0, atol=1e-5)
     assert_close(model.embed_texts(TEXTS).cls, F.normalize(expected.texts), rtol=0, atol=1e-5)
     assert model.evaluator.scales["global"] == pytest.approx(expected.model.logit_scale.exp().item())
-    source_weights = library_weights(folders(kind))
-    trained = library_weights(back)
+    source_weights = sources.library_weights(folders(kind))
+    trained = sources.library_weights(back)
     assert not torch.equal(source_weights["logit_scale"], trained["logit_scale"])
     assert trained.keys() == {key for key in source_weights if not key.startswith("text_decoder.")}  # of a CoCa
 
 
-LOSSES_OF = {"CLIP": "global", "SigLIP": "global_sigmoid", "vit": "global"}
-LORA = {"student.lora": {"image": ["q_proj", "v_proj"], "text": ["q_proj", "fc1"]}}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, lora", [("CLIP", {}), ("SigLIP", {}), ("SigLIP", LORA), ("vit", {})])
-def test_the_preset_trains_a_source_in_bf16_at_zero_2(kind, lora, folders, source, tmp_path):
+@pytest.mark.parametrize(
+    "kind, more", [("CLIP", {}), ("SigLIP", {}), ("SigLIP", LORA), ("vit", {}), ("CLIP", LARGER_SETTINGS)]
+)
+def test_the_preset_trains_a_source_in_bf16_at_zero_2(kind, more, folders, source, tmp_path):
     ds_config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
-    run = train_from(folders(kind), source, tmp_path / "run", 3, {"optim.lr": 2e-3, **lora}, ds_config)
+    run = sources.train_from(folders(kind), source, tmp_path / "run", 3, {"optim.lr": 2e-3, **more}, ds_config)
     lines = make.lines(run)
-    assert {f"loss/{LOSSES_OF[kind]}", "loss/cmli"} <= lines[0].keys()
+    assert {f"loss/{LOSS_BY_KIND[kind]}", "loss/cmli"} <= lines[0].keys()
     assert len(lines) == 3 and all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
-    back = export(run, tmp_path / "back", "--as", library_of(kind))
+    back = sources.export(run, tmp_path / "back", "--as", sources.library_of(kind))
     moved = moved_weights(folders(kind), back)
-    assert library_weights(back).keys() == library_weights(folders(kind)).keys() and "logit_scale" in moved
-    if lora:  # the rest of an encoder with adapters is frozen
+    assert (
+        sources.library_weights(back).keys() == sources.library_weights(folders(kind)).keys() and "logit_scale" in moved
+    )
+    if more is LORA:  # the rest of an encoder with adapters is frozen
         adapted = ("q_proj.weight", "v_proj.weight", "fc1.weight")
         assert all(name.endswith(adapted) for name in moved if ".layers." in name)
         assert any("vision_model" in name for name in moved) and any("fc1" in name for name in moved)
 
 
-# Where a source is found.
-
-
 def test_other_names_of_a_model_of_open_clip(begun, folders, tmp_path, monkeypatch):
     """An architecture and a file of open_clip's own training; a name of the hub, from its cache."""
-    from huggingface_hub import constants
-
-    trained = of_open_clip(tmp_path / "vit", "vit", "epoch_1.pt")
-    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {"ViT-small": MODELS["vit"]})
+    trained = sources.write_open_clip(tmp_path / "vit", "vit", "epoch_1.pt")
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {"ViT-small": sources.MODELS["vit"]})
     repository = tmp_path / "models--owner--vit"
     shutil.copytree(folders("vit"), repository / "snapshots" / ("a" * 40))
     (repository / "refs").mkdir()
@@ -227,22 +210,19 @@ def test_other_names_of_a_model_of_open_clip(begun, folders, tmp_path, monkeypat
     image = torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8)
     wanted = begun("vit")[0].student.image_embeddings(image)[0]
     for name in (f"open_clip:ViT-small@{trained}/epoch_1.pt", "owner/vit"):
-        objective, config, _ = start(name)
+        objective, config, _ = sources.start(name)
         assert config.data.tokenizer == "open_clip" and config.student.source == name
         assert torch.equal(objective.student.image_embeddings(image)[0], wanted)
     assert ModelSource("hf-hub:owner/vit").config["model_type"] == "open_clip"
     with pytest.raises(UserError, match=r"^student.source is 'owner/none': no such file or folder, nor on the hub: "):
-        start("owner/none")
+        sources.start("owner/none")
 
 
 def test_folders_that_both_libraries_load_are_transformers(folders, tmp_path):
-    folder = clip(tmp_path / "both")
+    folder = sources.clip(tmp_path / "both")
     shutil.copy(folders("vit") / "open_clip_config.json", folder)
-    assert settings(folder).student.source_config["model_type"] == "clip"
+    assert sources.settings(folder).student.source_config["model_type"] == "clip"
     assert ModelSource(f"local-dir:{folder}").config["model_type"] == "open_clip"
-
-
-# What is refused.
 
 
 def test_settings_of_a_training_are_free_and_those_that_contradict_the_source_are_one_line(folders):
@@ -262,14 +242,14 @@ def test_settings_of_a_training_are_free_and_those_that_contradict_the_source_ar
 
 
 def test_a_tokenizer_of_more_tokens_than_the_text_tower_has_is_one_line(folders):
-    chosen = settings(folders("SigLIP")).student
+    chosen = sources.settings(folders("SigLIP")).student
     with pytest.raises(UserError, match=r"its tokenizer has 10000 tokens, and its text encoder only \d+"):
         Student(chosen, 56, 10_000, 64, pretrained=False)
 
 
 def refused(problem, source):
     with pytest.raises(UserError, match=rf"^student.source is '[^\n]*{problem}[^\n]*$"):
-        start(source)
+        sources.start(source)
 
 
 CHANGES = [  # kind of source, its file, that without or with other content, and the problem

@@ -14,6 +14,7 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.errors import UserError
 from ds_cmli.models.student import Student, Teacher
 from tests.checkpoint.runs import Code
+from tests.make import T5
 
 CONFIG = load_preset("tiny", {})
 S = CONFIG.data.image_size
@@ -75,8 +76,7 @@ def test_an_images_classifier_is_cut_off(state, load):
 
 def test_a_file_of_a_text_model_needs_no_folder_and_tied_tables_arrive(tmp_path):
     """T5's table of tokens has two names, and a file has it once."""
-    sizes = {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64, "d_kv": 16}
-    config = dataclasses.replace(CONFIG.student, text_model="t5", text_overrides=sizes)
+    config = dataclasses.replace(CONFIG.student, text_model="t5", text_overrides=T5)
     saved = Student(config, S, VOCAB).text.model
     saved.save_pretrained(tmp_path)
     folder = {"text_weights": str(tmp_path), "text_overrides": {}}

@@ -1,4 +1,4 @@
-"""Builds the null GPU, and starts processes with it: `python tests/null_gpu/build.py` prints its folder.
+"""Builds the null GPU, and starts processes with it: `python -m tests.null_gpu.build` prints its folder.
 
 PyTorch's wheel for CUDA is fetched into the cache of ds-cmli, and csrc/ compiled into one library that carries the
 names of all those of NVIDIA that it asks for. Needs pip, gcc and binutils.
@@ -18,18 +18,16 @@ from filelock import FileLock
 
 from ds_cmli.files import cache_folder
 from ds_cmli.memory_model import gpus
+from tests.ranks import ROOT, clean_environment
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-# What a launcher, or a user of this machine's own GPUs, may have set.
-FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
 REQUIREMENTS = HERE / "requirements.txt"
 SOURCES = sorted((HERE / "csrc").glob("*.[ch]"))
 NVIDIA = re.compile("__cuda|cu[A-Z]|cu(da|blas|dnn|sparse|fft|file|rand|solver|pti)|nv(rtc|shmem|tx|ml)|p?nccl")
 
 
 def build() -> Path:
-    """The folder of the null GPU: `site` (PyTorch and Triton), `headers`, and `lib-SUM` for each state of csrc/."""
+    """Return the null GPU's folder: `site` (PyTorch and Triton), `headers`, and `lib-SUM` for each state of csrc/."""
     version = f"{sys.version_info.major}{sys.version_info.minor}"
     folder = cache_folder() / f"null-gpu-{_sum([REQUIREMENTS])}-cp{version}"
     if (folder / "headers").exists() and library(folder).exists():
@@ -80,18 +78,19 @@ def _compile(folder: Path) -> None:
     include = next((folder / "headers").rglob("cuda_runtime_api.h")).parent
     target = library(folder).parent
     with tempfile.TemporaryDirectory(dir=folder, prefix="lib-") as temporary:
-        work, made = Path(temporary), Path(temporary) / "lib"
+        work = Path(temporary)
+        made = work / "lib"
         made.mkdir()
         options = ["-std=gnu11", "-fPIC", "-O1", "-w", f"-I{include}"]
         _run(["gcc", *options, "-fvisibility=hidden", "-c", *HERE.glob("csrc/*.c")], cwd=work)
         ours = _symbols(list(work.glob("*.o")), "--defined-only", dynamic=False)
-        others = sorted(name for name in missing - ours if NVIDIA.match(name))
-        (work / "others.c").write_text("".join(f"int {name}() {{ return 0; }}\n" for name in others))
+        other_functions = sorted(name for name in missing - ours if NVIDIA.match(name))
+        (work / "others.c").write_text("".join(f"int {name}() {{ return 0; }}\n" for name in other_functions))
         _run(["gcc", *options, "-fno-builtin", "-c", "others.c"], cwd=work)
         libraries = ["-ldl", "-lpthread", "-lm"]
         _run(["gcc", "-shared", "-o", made / "libnullgpu.so", *work.glob("*.o"), *libraries])
-        needed = re.findall(r"NEEDED.*\[(lib(?:cu|nv|nccl).+)\]", _run(["readelf", "-d", *users]))
-        for name in {"libcuda.so", "libcuda.so.1", *needed}:
+        library_names = re.findall(r"NEEDED.*\[(lib(?:cu|nv|nccl).+)\]", _run(["readelf", "-d", *users]))
+        for name in {"libcuda.so", "libcuda.so.1", *library_names}:
             (made / name).symlink_to("libnullgpu.so")
         made.chmod(0o755)
         made.rename(target)
@@ -103,12 +102,14 @@ def _symbols(files: list[Path], which: str, dynamic: bool = True) -> set[str]:
 
 
 def environment(folder: Path, gpu: str = "A100 80GB") -> dict[str, str]:
-    """The whole environment of a process with the null GPU in `folder`, as the one that `gpus.find` calls `gpu`."""
-    lib, card = str(library(folder).parent), gpus.find(gpu)
+    """Return the environment of a process with the null GPU in `folder`, as the one that `gpus.find` calls `gpu`."""
+    lib = str(library(folder).parent)
+    card = gpus.find(gpu)
     name = f"NVIDIA {card.reported[0]}"
     sizes = *card.capability, card.multiprocessors, card.threads, card.shared, card.total.bytes
     path = [str(folder / "site"), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return {name: value for name, value in os.environ.items() if name not in FOREIGN} | {
+    device_variables = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
+    return {name: value for name, value in clean_environment().items() if name not in device_variables} | {
         "NULLGPU": ";".join(map(str, (name, *sizes))),
         "LD_LIBRARY_PATH": lib,
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
@@ -120,14 +121,8 @@ def environment(folder: Path, gpu: str = "A100 80GB") -> dict[str, str]:
 
 
 def stand_in(*command: object) -> list[str]:
-    """The arguments of Python that run what stands behind `python`, under `stand_in.py`."""
+    """Return the arguments of Python that run what stands behind `python`, under `stand_in.py`."""
     return ["-m", "tests.null_gpu.stand_in", *map(str, command)]
-
-
-def run(env: dict[str, str], *command: object, timeout: float = 600) -> subprocess.CompletedProcess:
-    """What stands behind `python`, under `stand_in.py`, run to its end."""
-    words = [sys.executable, *stand_in(*command)]
-    return subprocess.run(words, env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
 if __name__ == "__main__":

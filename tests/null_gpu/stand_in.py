@@ -17,19 +17,19 @@ from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-MOST = 1 << 20  # elements that are computed
+MAX_ELEMENTS = 1 << 20  # that are computed
 CHECKS = {"isfinite": True, "isinf": False, "isnan": False}
 
 
 def memory_of(x: Tensor) -> Tensor:
-    """A CPU tensor on the memory of a tensor of the null GPU."""
+    """Return a CPU tensor on the memory of a tensor of the null GPU."""
     storage = x.untyped_storage()
     raw = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
     return torch.frombuffer(raw, dtype=x.dtype).as_strided(x.size(), x.stride(), x.storage_offset())
 
 
 def on_gpu(x: object) -> bool:
-    return isinstance(x, Tensor) and x.device.type == "cuda" and 0 < x.numel() <= MOST
+    return isinstance(x, Tensor) and x.device.type == "cuda" and 0 < x.numel() <= MAX_ELEMENTS
 
 
 def on_cpu(x: object) -> object:
@@ -41,8 +41,8 @@ def on_cpu(x: object) -> object:
 
 
 class StandIn(TorchFunctionMode):
-    """What Python calls of torch in forward, and inside functions of its own in backward. Autograd's own calls compute
-    nothing, and need not. No dispatch mode: under one autograd adds gradients up in new tensors.
+    """A mode for calls of torch in forward, and inside functions of Python in backward. Autograd's own calls compute
+    nothing, and need not. Under a dispatch mode autograd would add gradients up in new tensors.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -54,8 +54,8 @@ class StandIn(TorchFunctionMode):
             # Its own calls of torch would not come here: this mode is off while it handles one.
             with self:
                 return torch._C._dispatch_call_boxed(func.default._handle, *args, **kwargs)
-        name, given = getattr(func, "__name__", ""), [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        memory = {x.untyped_storage().data_ptr() for x in given if on_gpu(x)}
+        name = getattr(func, "__name__", "")
+        memory = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if on_gpu(x)}
         result = func(*args, **kwargs)
         set_ = args[:1] if name == "__setitem__" else ()
         results = [x for x in tree_leaves((set_, result)) if on_gpu(x)]

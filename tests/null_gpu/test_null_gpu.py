@@ -8,9 +8,10 @@ import pytest
 from ds_cmli.memory.step_memory import predicted
 from ds_cmli.memory_model import gpus
 from tests import make
+from tests.checkpoint.runs import stop_and_resume
 from tests.gpu.settings import DETERMINISTIC, TORCH, Setting
-from tests.gpu.test_gpu import stop_and_resume
-from tests.null_gpu.build import run, stand_in
+from tests.null_gpu.build import stand_in
+from tests.ranks import python
 
 pytestmark = pytest.mark.null_gpu
 GPU = "A100 80GB"
@@ -18,14 +19,13 @@ FEW = {"student": {"layers": 3}, "teacher": {"block": 2}}
 
 
 def finished(env: dict[str, str], *words: str) -> str:
-    """The output of a program that ends well."""
-    done = run(env, *words)
+    done = python(*stand_in(*words), env=env, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def training(folder, **options) -> list[str]:
-    """The smallest training of four steps, on 24 pairs beside `folder`."""
+    """Return the words of the smallest training of four steps, on 24 pairs beside `folder`."""
     fixed = {"--steps": 4, "--log-every": 1, "--output-dir": folder, "--micro-batch": 8}
     return ["ds_cmli/train.py", *make.small({"--data": make.pairs(folder.parent / "pairs"), **fixed, **options})]
 
@@ -56,7 +56,8 @@ def test_the_memory_of_its_first_steps_is_that_of_its_prediction(null_gpu, tmp_p
     finished(null_gpu(GPU), *training(tmp_path / "run", **{"--profile-memory": 2}))
     content = json.loads((tmp_path / "run" / "memory.json").read_text())
     assert content["measurement"]["source"] == "measured: NVIDIA A100-SXM4-80GB"
-    totals, categories = content["differences"]["totals"], content["differences"]["categories"]
+    totals = content["differences"]["totals"]
+    categories = content["differences"]["categories"]
     assert 0.99 < totals["requested"]["ratio"] < 1.01
     assert 0.98 < totals["reserved"]["ratio"] < 1.02
     assert {categories[name]["bytes"] for name in ("parameters", "optimizer states", "teacher")} == {0}
@@ -65,7 +66,7 @@ def test_the_memory_of_its_first_steps_is_that_of_its_prediction(null_gpu, tmp_p
 def test_out_of_memory_is_one_message_with_a_snapshot_and_a_command(null_gpu, tmp_path):
     env = null_gpu(GPU)
     env["NULLGPU"] = env["NULLGPU"].rpartition(";")[0] + ";200000000"  # bytes
-    done = run(env, *training(tmp_path / "run", **{"--micro-batch": 16}))
+    done = python(*stand_in(*training(tmp_path / "run", **{"--micro-batch": 16})), env=env, timeout=600)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stdout + done.stderr
     message = done.stderr[done.stderr.index("error: out of memory: rank 0 asked for") :]
     assert re.search(r"\n  parameters +[\d,]+ B\n", message)

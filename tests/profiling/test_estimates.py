@@ -15,19 +15,12 @@ from ds_cmli.cmli.reference import cmli_scores_reference
 from ds_cmli.losses.target_cmli import match_patches
 from ds_cmli.memory_model import gpus
 from profiling.compare_estimates import command
+from profiling.memory import implementations as ways
 from profiling.memory import measure, steps
 from profiling.memory.estimates import DOCUMENT, Setting, arithmetic, claims
-from profiling.memory.implementations import (
-    broadcast_match,
-    broadcast_scores,
-    cuda_sizes,
-    implementations,
-    materialised_match,
-    predict,
-    run,
-)
 from profiling.speed.op import cpu_sizes, materialised_scores
-from tests.null_gpu.build import run as run_stand_in
+from tests.cmli.cases import reference_scores
+from tests.null_gpu.build import stand_in
 from tests.ranks import ROOT, python
 
 SCRIPT = ROOT / "profiling" / "compare_estimates.py"
@@ -38,24 +31,23 @@ SMALL = Setting(B=6, P=2, N=9, M=7, H=32, D=16)
 def test_the_document_s_figures_and_which_line_of_its_arithmetic_is_wrong():
     figures = {id: claim.document_bytes for id, claim in claims().items()}
     assert figures == {"E1": 805_306_368, "E2": 6_576_668_672, "E3": 1_644_167_168, "E4": None, "E5": None}
-    assert all(claim.figure in claim.quote for claim in claims().values())
+    assert [id for id, claim in claims().items() if claim.figure not in claim.quote] == []
     wrong = {id: [line.verdict.startswith("wrong") for line in claim.lines] for id, claim in claims().items()}
     # 256 * 12,544 is half of what it has.
     assert wrong == {"E1": [False] * 2, "E2": [False, True, False], "E3": [False] * 2, "E4": [], "E5": [True]}
     assert [line.value for line in claims()["E2"].lines] == [12_544, 3_211_264, 6_576_668_672]
     assert steps.document_config(OTHER).student.text_weights == "random", "nothing is downloaded"
     assert "wrong" in arithmetic(claims(), DOCUMENT) and "wrong" not in arithmetic(claims(OTHER), OTHER)
-
-
-def test_the_coincidence_in_e2_is_explained_where_there_is_one():
+    # The coincidence in E2 is explained where there is one.
     assert "by coincidence: it multiplies by D = 256 features where B = 256 images belong" in claims()["E2"].truth
     assert "coincidence" not in claims(OTHER)["E2"].truth
 
 
-@pytest.mark.parametrize("scores", [broadcast_scores, materialised_scores])
+@pytest.mark.parametrize("scores", [ways.broadcast_scores, materialised_scores])
 def test_scores_and_gradients_are_the_reference_s(scores):
     image, text = (torch.randn(*shape, 8).double().requires_grad_() for shape in ((3, 6), (5, 4)))
-    mask, upstream = torch.arange(4) < torch.tensor([4, 1, 3, 2, 4])[:, None], [torch.randn(3, 5).double()] * 2
+    mask = torch.arange(4) < torch.tensor([4, 1, 3, 2, 4])[:, None]
+    upstream = [torch.randn(3, 5).double()] * 2
     results = []
     for function in (scores, cmli_scores_reference):
         out = function(image, text, mask)
@@ -75,55 +67,58 @@ def test_a_gpus_bytes_are_the_requested_ones_of_the_call(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory", history)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("finished"))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert cuda_sizes(lambda: calls.append("called")) == [500, -300]
+    assert ways.cuda_sizes(lambda: calls.append("called")) == [500, -300]
     assert calls == ["all", "called", "finished", None]
 
 
 def test_matches_and_global_losses_agree():
     # Products of small integers are exact in fp16, and no two patches of an image are equally good.
-    patches, tokens = torch.eye(9, 16).half().expand(2, 9, 16), torch.zeros(2, 4, 16, dtype=torch.float16)
+    patches = torch.eye(9, 16).half().expand(2, 9, 16)
+    tokens = torch.zeros(2, 4, 16, dtype=torch.float16)
     best = torch.tensor([[3, 0, 8, 5], [1, 1, 7, 2]])
     tokens.scatter_(2, best[..., None], 2.0)
-    for match in (broadcast_match, materialised_match, match_patches):
+    for match in (ways.broadcast_match, ways.materialised_match, match_patches):
         assert match(tokens, patches).equal(best)
-    broadcast, product, ours = (implementations(SMALL)["E1", n] for n in ("broadcast", "materialised", "ours"))
+    broadcast, product, ours = (ways.implementations(SMALL)["E1", n] for n in ("broadcast", "materialised", "ours"))
     image, text, _, scale = inputs = broadcast.inputs("cpu")
     torch.testing.assert_close(broadcast.forward(*inputs), product.forward(*inputs))
     # A rank's block of rows; the loss of its own pairs.
-    logits, own = scale.exp() * image[:6] @ text.t(), torch.arange(6)
-    expected = (F.cross_entropy(logits, own) + F.cross_entropy(logits.t()[:6], own)) / 2
+    logits = scale.exp() * image[:6] @ text.t()
+    positives = torch.arange(6)
+    expected = (F.cross_entropy(logits, positives) + F.cross_entropy(logits.t()[:6], positives)) / 2
     torch.testing.assert_close(ours.forward(image[:6], text, _, scale), expected)
 
 
 @pytest.fixture(scope="module")
 def warm():
     """Workspaces that libraries take once."""
-    for implementation in implementations(Setting(2, 1, 4, 4, 8, 8)).values():
-        list(run(implementation, "cpu", backward=True))
+    for implementation in ways.implementations(Setting(2, 1, 4, 4, 8, 8)).values():
+        list(ways.run(implementation, "cpu", backward=True))
 
 
-@pytest.mark.parametrize("key", implementations(SMALL), ids=" ".join)
+@pytest.mark.parametrize("key", ways.implementations(SMALL), ids=" ".join)
 def test_predicted_is_what_the_allocator_reports(warm, key):
-    implementation = implementations(SMALL)[key]
-    forward, whole = predict(implementation)
-    assert forward.largest == whole.largest == claims(SMALL)[key[0]].stored.get(key[1], whole.largest)
+    estimate, way, *_ = key
+    implementation = ways.implementations(SMALL)[key]
+    forward, whole = ways.predict(implementation)
+    assert forward.largest == whole.largest == claims(SMALL)[estimate].stored.get(way, whole.largest)
     if "E3 materialised" in " ".join(key):  # the 16-bit product takes a workspace of its own, here the largest
         inputs = implementation.inputs("cpu")
         assert whole.largest in cpu_sizes(lambda: implementation.forward(*inputs))
     else:
-        assert list(run(implementation, "cpu", backward=True))[-1] == whole
+        assert list(ways.run(implementation, "cpu", backward=True))[-1] == whole
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_the_op_of_a_cpu_is_predicted_as_it_is_measured(warm, backend):
     """With its compiled kernels, and by PyTorch's operators."""
-    one = implementations(Setting(B=24, P=2, N=49, M=16, H=32, D=64))["E2", "ours"]
+    one = ways.implementations(Setting(B=24, P=2, N=49, M=16, H=32, D=64))["E2", "ours"]
     one = replace(one, function=partial(one.function, backend=backend))
-    assert tuple(run(one, "cpu", True)) == predict(one)
+    assert tuple(ways.run(one, "cpu", True)) == ways.predict(one)
 
 
 def test_a_measurement_that_takes_too_long_or_too_much_is_ended():
-    large = implementations(replace(SMALL, B=4096, N=196, M=64))["E3", "broadcast"]  # 3.3 GB
+    large = ways.implementations(replace(SMALL, B=4096, N=196, M=64))["E3", "broadcast"]  # 3.3 GB
     assert measure.given_by_process(0.01, measure.measure, large, "cpu", "forward", 10**9) == []
     assert measure.given_by_process(60, measure.measure, large, "cpu", "forward", 10**8) == []
 
@@ -166,23 +161,24 @@ def test_the_loss_s_way_decides_what_is_left_of_the_card(monkeypatch, tmp_path):
     materialised, ours = json.loads((tmp_path / "rows").read_text())
     # Either direction's maxima give all similarities a gradient of their own; autograd holds both before it adds
     # them. The similarities are gone by then, as a maximum keeps indices.
-    both = 2 * 6_576_668_672
-    assert both < materialised["categories"]["temporaries"] < 1.01 * both
+    gradient_bytes = 2 * 6_576_668_672
+    assert gradient_bytes < materialised["categories"]["temporaries"] < 1.01 * gradient_bytes
     # The two peaks are different moments, so their distance may be smaller: ours is in the encoders' backward, with
     # DeepSpeed's bucket. The materialised one comes before the first parameter's gradient, that of the temperature.
     bucket = ours["categories"]["ZeRO buckets"]
     # Beside the bucket DeepSpeed holds some numbers.
     assert materialised["categories"]["ZeRO buckets"] < 100 and 0 <= bucket - 200_000_000 < 100
-    assert materialised["totals"]["requested"] - ours["totals"]["requested"] > both - bucket
+    assert materialised["totals"]["requested"] - ours["totals"]["requested"] > gradient_bytes - bucket
     left = gpus.find("RTX 3090").total.bytes - ours["totals"]["device"]
-    assert materialised["totals"]["device"] > both and left > 20e9
+    assert materialised["totals"]["device"] > gradient_bytes and left > 20e9
 
 
 @pytest.mark.null_gpu
 def test_rows_of_a_gpu_are_measured_as_predicted(null_gpu, tmp_path):
     """Without the values that programs ask for, which nothing here does."""
-    rows_file, sizes = tmp_path / "rows.json", ["--B", "8", "--N", "49"]
-    done = python(SCRIPT, "--only", "E1,E2,E3", *sizes, "--json", rows_file, env=null_gpu("H100 80GB"))
+    rows_file = tmp_path / "rows.json"
+    words = ["--only", "E1,E2,E3", "--B", "8", "--N", "49", "--json", rows_file]
+    done = python(SCRIPT, *words, env=null_gpu("H100 80GB"))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(rows_file.read_text())
     assert len(rows) == 10
@@ -196,7 +192,7 @@ def test_rows_of_a_gpu_are_measured_as_predicted(null_gpu, tmp_path):
 def test_an_unlisted_gpu_gets_a_section_for_the_page_that_says_where_nvml_gives_nothing(null_gpu, tmp_path):
     env = null_gpu() | {"NULLGPU": "NVIDIA Nobody;8;9;142;1536;101376;48000000000"}
     page = tmp_path / "page.md"
-    done = run_stand_in(env, "profiling/gpu_check.py", "--only", "context", "--markdown", page)
+    done = python(*stand_in("profiling/gpu_check.py", "--only", "context", "--markdown", page), env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     heading, summary, *rows = page.read_text().split("\n\n")
     assert heading == "### On a NVIDIA Nobody" and "2 figures, 0 missed their bar." in summary

@@ -3,14 +3,13 @@
 import os
 import stat
 import subprocess
-import time
-from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
 
-from tests.ranks import ROOT, clean_environment, free_port
+from tests.ranks import ROOT, clean_environment, free_port, poll
 
 NODES = ("n1", "n2", "n3")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
@@ -58,16 +57,17 @@ NODE = "NodeName={name} NodeAddr={address} NodeHostname={host} Port={port} CPUs=
 
 class Cluster:
     def __init__(self, folder: Path):
-        self.folder, self.conf = folder, folder / "slurm.conf"
+        self.folder = folder
+        self.conf = folder / "slurm.conf"
         self.daemons: list[subprocess.Popen] = []
         self.nodes: dict[str, subprocess.Popen] = {}  # the last slurmd of each
 
     def start(self) -> None:
         """Write the configuration, start the daemons and wait until all nodes are idle."""
-        host, addresses = (subprocess.check_output(["hostname", of], text=True).split() for of in ("-s", "-I"))
-        names = {"host": host[0], "address": [*addresses, "127.0.0.1"][0]}
+        (host,), addresses = (subprocess.check_output(["hostname", x], text=True).split() for x in ("-s", "-I"))
+        names = {"host": host, "address": [*addresses, "127.0.0.1"][0]}
         nodes = "\n".join(NODE.format(name=node, port=free_port(), **names) for node in NODES)
-        values = {"host": host[0], "folder": self.folder, "controller_port": free_port(), "nodes": nodes}
+        values = {"host": host, "folder": self.folder, "controller_port": free_port(), "nodes": nodes}
         self.conf.write_text(SLURM_CONF.format(**values))
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
         for name in ("dev", "state", *(f"spool.{node}" for node in NODES)):
@@ -125,7 +125,7 @@ class Cluster:
             daemon.wait()
 
     def command(self, *command: str, check: bool = True, **env: str) -> str:
-        """Run one of Slurm's commands from the project's folder; what it printed on stdout."""
+        """Run one of Slurm's commands from the project's folder, and return what it prints on stdout."""
         ours = {k: v for k, v in clean_environment().items() if not k.startswith("SLURM_")}
         ours |= {"SLURM_CONF": str(self.conf), **env}
         done = subprocess.run(command, env=ours, cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -134,28 +134,20 @@ class Cluster:
         return done.stdout.strip()
 
     def submit(self, *arguments: str, **env: str) -> str:
-        """`sbatch ...`; the job's id."""
+        """Call `sbatch`, and return the job's id."""
         return self.command("sbatch", "--parsable", *arguments, **env)
 
     def job(self, job: str) -> dict[str, str]:
-        """The fields of `scontrol show job`."""
+        """Return the fields of `scontrol show job`."""
         fields = self.command("scontrol", "--oneliner", "show", "job", job).split(" ")
         return dict(field.split("=", 1) for field in fields if "=" in field)
 
     def wait(self, job: str, timeout: float = 120) -> dict[str, str]:
-        """Wait until the job has ended; its fields."""
-        poll(lambda: self.job(job)["JobState"] in ENDED, timeout, lambda: f"job {job}: {self.job(job)}")
+        """Wait until the job has ended, and return its fields."""
+        poll(lambda: self.job(job)["JobState"] in ENDED, timeout, lambda: f"job {job}: {self.job(job)}", 0.2)
         return self.job(job)
 
     def wait_idle(self, nodes: int) -> None:
-        idle = ("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D")
-        poll(lambda: self.command(*idle, check=False) == str(nodes), 60, lambda: self.command("sinfo", check=False))
-
-
-def poll(condition: Callable[[], bool], timeout: float, message: Callable[[], str], interval: float = 0.2) -> None:
-    """Wait until `condition()` holds; raises TimeoutError with `message()` after `timeout` seconds."""
-    end = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError(message())
-        time.sleep(interval)
+        idle = ("-h", "-p", "main", "-t", "idle", "-o", "%D")
+        sinfo = partial(self.command, "sinfo", check=False)
+        poll(lambda: sinfo(*idle) == str(nodes), 60, sinfo, 0.2)

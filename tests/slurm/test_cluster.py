@@ -10,8 +10,8 @@ import pytest
 
 from tests.checkpoint.runs import assert_same
 from tests.make import pairs
-from tests.ranks import ROOT, start_ranks
-from tests.slurm.cluster import NODES, Cluster, poll
+from tests.ranks import ROOT, poll, start_ranks
+from tests.slurm.cluster import NODES, Cluster
 
 pytestmark = pytest.mark.slurm
 
@@ -26,7 +26,8 @@ class Job:
         python = folder / f"python-{time.monotonic_ns()}"
         python.write_text("#!/bin/bash\n" + (stand_in or f'exec {sys.executable} "$@"'))
         python.chmod(0o755)
-        self.cluster, self.run = cluster, folder / "run"
+        self.cluster = cluster
+        self.run = folder / "run"
         script = (str(ROOT / "slurm" / "train.sh"), "--output-dir", str(self.run), *options)
         env = {"DS_CMLI_PYTHON": str(python), "OMP_NUM_THREADS": "1", **env}
         self.id = cluster.submit(f"--output={folder}/%j.out", *sbatch, *script, **env)
@@ -41,15 +42,15 @@ class Job:
         return int(self.cluster.job(self.id)["Restarts"])
 
     def until(self, condition, seconds: float = 120) -> None:
-        poll(condition, seconds, lambda: self.log, interval=0.02)
+        poll(condition, seconds, lambda: self.log)
 
     def ends(self, state: str = "COMPLETED", timeout: float = 240) -> str:
-        """Its log, when it has ended in this state."""
+        """Wait until it has ended in this state, and return its log."""
         assert self.cluster.wait(self.id, timeout=timeout)["JobState"] == state, self.log
         return self.log
 
     def steps(self) -> int:
-        """The last step in metrics.jsonl; 0 before the first."""
+        """Return the last step in metrics.jsonl, 0 before the first."""
         file = self.run / "metrics.jsonl"
         matches = re.findall(r'^\{"step": (\d+),', file.read_text(), re.MULTILINE) if file.exists() else []
         return int(matches[-1]) if matches else 0
@@ -57,7 +58,6 @@ class Job:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """A real Slurm of three nodes."""
     cluster = Cluster(tmp_path_factory.mktemp("slurm"))
     try:
         cluster.start()
@@ -73,7 +73,8 @@ def job(cluster, tmp_path):
 
 def test_a_preempted_run_equals_one_left_alone(cluster, job, tmp_path):
     options = [*TINY, "--data", pairs(tmp_path / "pairs", count=600), "--steps", "24"]
-    preempted, target = job("--nodes=2", "--time=60", options=options), random.randint(1, 5)
+    preempted = job("--nodes=2", "--time=60", options=options)
+    target = random.randint(1, 5)
     preempted.until(lambda: preempted.steps() >= target)
     # A job of the partition above wants all nodes.
     wants = ("--partition=high", f"--nodes={len(NODES)}", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
@@ -125,7 +126,10 @@ CASES = {
 def jobs(cluster, tmp_path_factory):
     """All cases, submitted at once."""
     folder = tmp_path_factory.mktemp("cases")
-    return {name: Job(cluster, folder, *of[0], stand_in=name, **of[1]) for name, of in CASES.items()}
+    return {
+        stand_in: Job(cluster, folder, *sbatch, stand_in=stand_in, **env)
+        for stand_in, (sbatch, env, *_) in CASES.items()
+    }
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -151,4 +155,4 @@ def test_the_last_task_of_an_array_is_requeued_alone(cluster, job):
     array = job("--array=0-2", stand_in=f"[[ $SLURM_ARRAY_TASK_ID != 2 ]] && exit 0; sleep 2; {ONCE.format('exit 85')}")
     ended = [cluster.wait(f"{array.id}_{task}") for task in range(3)]
     assert [(task["JobState"], task["Restarts"]) for task in ended] == [("COMPLETED", number) for number in "001"]
-    assert ended[2]["JobId"] == array.id  # what makes it the last
+    assert ended[-1]["JobId"] == array.id  # what makes it the last

@@ -32,10 +32,10 @@ def script(tmp_path):
     def run(*options: str, code: int = 0, state: str = "RUNNING", **env: str) -> tuple[int, str, list[str]]:
         calls = tmp_path / "calls"
         calls.write_text("")
-        given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(calls), "CODE": str(code), "STATE": state}
-        given |= {"ABOUT": "Requeue=1", "SLURM_SUBMIT_DIR": str(ROOT), **JOB, **env}
+        stubs = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(calls), "CODE": str(code), "STATE": state}
+        environment = stubs | {"ABOUT": "Requeue=1", "SLURM_SUBMIT_DIR": str(ROOT), **JOB, **env}
         command = ["bash", str(ROOT / "slurm" / "train.sh"), *options]
-        done = subprocess.run(command, env=given, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
         return done.returncode, done.stdout + done.stderr, calls.read_text().splitlines()
 
     return run

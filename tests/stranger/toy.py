@@ -9,7 +9,9 @@ IMAGE["toy"] = f"{__name__}:Toy"
 
 
 class Toy(nn.Module):
-    mean, std, width = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 32
+    mean = (0.5, 0.5, 0.5)
+    std = (0.25, 0.25, 0.25)
+    width = 32
 
     def __init__(self, name: str, image_size: int, weights: str, layers: int | None, overrides: dict):
         super().__init__()
@@ -24,8 +26,7 @@ class Toy(nn.Module):
     def blocks(self) -> list[nn.Module]:
         return list(self.layers)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """[B, 1 + N, H], the class token first."""
+    def forward(self, pixels: Tensor) -> Tensor:  # [B, 1 + N, H], the class token first
         patches = self.patches(pixels).flatten(2).mT
         x = torch.cat([self.cls.expand(len(patches), -1, -1), patches], 1)
         for layer in self.layers:
