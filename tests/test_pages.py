@@ -36,6 +36,8 @@ LIBRARY_MESSAGES = {
     "..., which cannot be loaded: OSError: We couldn't connect to ...": "the reason is transformers'",
     "Bus error": "the system's, for SIGBUS",
     "unable to write to file </torch_...>": "PyTorch's shared memory",
+    "rank 0 of 4 cannot start: DistStoreError: ...": "the exception's name is PyTorch's",
+    "... cannot start: DistNetworkError: ... EADDRINUSE": "the exception's name is PyTorch's",
     "rank 2 of 4 cannot start: ... invalid device ordinal": "CUDA's reason",
     "DataLoader worker (pid ...) is killed by signal: Killed": "PyTorch's",
     "Too many open files": os.strerror(errno.EMFILE),
