@@ -55,11 +55,11 @@ TO_THE_BIT = "test_a_run_goes_on_to_the_bit"
 # name, file, killer, edit
 ROWS = (
     # The op: a tie to the last index, a mean over padding, padding that wins, sums in 16 bit.
-    ("op-reference-tie", "cmli/reference.py", TIES, "torch.where(hit, index, [-S.shape[dim]).amin-]{+-1).amax+}(dim)"),
+    ("op-reference-tie", "cmli/reference.py", TIES, "-torch.inf).[-max(3).values-]{+amax(3)+}"),
     ("op-reference-padding", "cmli/reference.py", "test_padding_does_not_beat_negative_similarities",
-     "over_tokens = S.masked_fill(~token[:, :, None, :], [--torch.inf-]{+0+})"),
+     "S.masked_fill(~token[:, :, None, :], [--torch.inf-]{+0+})"),
     ("op-reference-mean", "cmli/reference.py", EQUATIONS, "/ token.[-sum(2).clamp(min=1)-]{+shape[2]+}"),
-    ("op-reference-empty", "cmli/reference.py", EQUATIONS, "return [-s_i2t.masked_fill(nothing, 0)-]{+s_i2t+},"),
+    ("op-reference-empty", "cmli/reference.py", EQUATIONS, "return [-s_i2t.masked_fill(is_empty, 0)-]{+s_i2t+},"),
     ("op-reference-16-bit", "cmli/reference.py", "test_16_bit_products_are_summed_in_fp32",
      "dtype = [-torch.promote_types(image.dtype, torch.float32)-]{+image.dtype+}"),
     ("op-torch-tie", "cmli/fallback.py", TIES, "torch.arange([-length, 0, -1-]{+1, length + 1+}, dtype"),
@@ -94,11 +94,13 @@ ROWS = (
     ("target-half", "losses/target_cmli.py", STEP_LOSSES, "terms.append([-self-]{+2 * self+}.image_weight * loss)"),
     # Ranks: a collective that is missing, a factor of their number, another rank's texts as own ones.
     ("ranks-text-gradient", "cmli/exchange.py", RANKS,
-     "[-_reduce_scatter(part, rows-]{+part.copy_(rows[this_rank() * len(part) :][: len(part)]+})"),
+     "[-_reduce_scatter(local_rows, global_rows-]"
+     "{+local_rows.copy_(global_rows[this_rank() * num_rows :][:num_rows]+})"),
     ("ranks-column-sum", "cmli/exchange.py", RANKS, "[-    dist.all_reduce(total)\n-]{++}"),
-    ("ranks-factor", "cmli/exchange.py", RANKS, "_reduce_scatter(part, [-rows-]{+rows / num_ranks()+})"),
+    ("ranks-factor", "cmli/exchange.py", RANKS,
+     "_reduce_scatter(local_rows, [-global_rows-]{+global_rows / num_ranks()+})"),
     ("ranks-own-texts", "cmli/pair_function.py", RANKS,
-     "self.first_text = [-exchange.this_rank() * len(batch.image) + rows-]{+rows+}.start"),
+     "self.first_column = [-exchange.this_rank() * len(batch.image) + rows-]{+rows+}.start"),
     ("ranks-mean-twice", "distributed/process_group.py",
      "test_another_number_of_ranks_goes_on_with_the_batches_and_states", "div_(world_size()[--]{+ ** 2+})"),
     # Faults: a signal or the end of a launcher that is missed, a rank that hangs, a bad loss, too many of them.
@@ -161,11 +163,11 @@ ROWS = (
      ".lerp(trained[name], [-share-]{+1 - share+})"),
     # The engine: a frozen layer that learns, tables that decay, rates upside down, a first update at rate 0.
     ("engine-frozen", "engine/parameter_groups.py", "test_frozen_layers_keep_every_bit_and_the_others_move",
-     "if count and (depth <[-=-]{++} count or count == layers):"),
+     "(depth <[-=-]{++} num_frozen or"),
     ("engine-decay", "engine/parameter_groups.py", "test_matrices_alone_decay",
-     "[- and parameter not in spared-]{++}"),
+     "[- and parameter not in without_decay-]{++}"),
     ("engine-layer-decay", "engine/parameter_groups.py", "test_a_layer_below_has_a_lower_rate",
-     "above = [-layers + 1 - depth-]{+depth+}"),
+     "layers_above = [-layers + 1 - depth-]{+depth+}"),
     ("engine-warm-up", "engine/build.py", "test_each_step_trains_at_the_rate_that_is_logged_for_it",
      "rate([-done + 1-]{+done+}, total_steps)"),
     # Checkpoints: what is not restored, or another rank's; damage that is not seen.

@@ -121,5 +121,5 @@ def test_tiles_are_those_that_were_chosen_by_their_compiled_kernels(D, dtype, gp
 )
 def test_gpus_that_do_not_run_the_kernels_are_known(monkeypatch, capability, version, reason):
     monkeypatch.setattr(triton, "__version__", version)
-    line = triton_forward.unsuited(capability)
+    line = triton_forward.why_not_capability(capability)
     assert line is None if reason is None else reason in line

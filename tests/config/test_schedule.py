@@ -24,7 +24,7 @@ def test_each_step_trains_at_the_rate_that_is_logged_for_it(kind, device, data):
     for batch in make.batches(data, 8, 4):
         weight_before = weight.detach().clone()
         trained.step([batch])
-        logged.append(trained.state()["lr"])
+        logged.append(trained.log_columns()["lr"])
         changes.append((weight - weight_before).abs().max().item())
         next_rates.append(trained.engine.get_lr()[0])
     assert logged[1:] == next_rates[:-1]

@@ -89,7 +89,7 @@ def test_in_fp16_the_gradients_are_those_of_fp32_and_an_overflow_skips_the_step(
     expected, gradients = (make.gradients(trained, batches[:4])[1] for trained in (full, half))
     for name in ("student.projection.weight", *(n for n in expected if n.endswith("logit_scale"))):
         assert (gradients[name] / 2.0**8 - expected[name]).norm() < 0.05 * expected[name].norm(), name
-    assert not half.skipped and half.state()["loss_scale"] == 2.0**8
+    assert not half.skipped and half.log_columns()["loss_scale"] == 2.0**8
     weights_before = [p.detach().clone() for p in half.objective.parameters()]
     seen = []
 
@@ -103,7 +103,7 @@ def test_in_fp16_the_gradients_are_those_of_fp32_and_an_overflow_skips_the_step(
     losses = half.step(batches[4:])
     handle.remove()
     assert len(seen) == 4 and half.skipped and all(x.total.isfinite() for x in losses)
-    assert half.state()["loss_scale"] == 2.0**7  # halved once
+    assert half.log_columns()["loss_scale"] == 2.0**7  # halved once
     torch.testing.assert_close([*half.objective.parameters()], weights_before, rtol=0, atol=0)
     half.step(batches[4:])
     assert not half.skipped

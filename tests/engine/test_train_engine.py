@@ -125,7 +125,7 @@ def test_the_backend_is_the_devices_and_a_line_says_why_its_kernels_do_not_run(
     monkeypatch.setattr(plan, "why_not_triton", lambda *sizes: tried.append(sizes) or reason)
     monkeypatch.setattr(plan, "why_not_cpu", lambda: reason)
     config = load_preset("tiny", {})
-    chosen = engine.with_backend(config, DeepSpeedConfig.of(ZERO1), torch.device(device))
+    chosen = engine.resolve_backend(config, DeepSpeedConfig.of(ZERO1), torch.device(device))
     assert chosen.loss.cmli_backend == backend
     # Images of 256 patches take the largest tiles.
     largest = (torch.device("cuda"), torch.float32, 256, config.data.context_length, config.student.embed_dim)

@@ -12,7 +12,6 @@ from ds_cmli.config.schema import LossConfig
 from ds_cmli.losses.target_cmli import Features, TargetCMLI, WidthHead, match_patches
 from ds_cmli.models.student import Targets
 from tests import make
-from tests.cmli.cases import reference_scores
 from tests.conftest import ZERO1
 
 CAPTIONS = ("two words", "two words", "a red square beside a blue circle", "one", "the sky is green here")

@@ -19,7 +19,6 @@ from profiling.memory import implementations as ways
 from profiling.memory import measure, steps
 from profiling.memory.estimates import DOCUMENT, Setting, arithmetic, claims
 from profiling.speed.op import cpu_sizes, materialised_scores
-from tests.cmli.cases import reference_scores
 from tests.null_gpu.build import stand_in
 from tests.ranks import ROOT, python
 
