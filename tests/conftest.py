@@ -27,17 +27,8 @@ for ignored in (signal.SIGHUP, signal.SIGINT):
     if signal.getsignal(ignored) == signal.SIG_IGN:
         signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)
 # The longest files first, so that no process waits long for the last one: those with slow tests, then quick ones.
-LONGEST = (
-    "features_together",
-    "null_gpu",
-    "watchdog",
-    "prediction",
-    "mistakes",
-    "start",
-    "preemption",
-    "readme",
-    "train",
-)
+LONGEST = ["features_together", "null_gpu", "watchdog", "prediction", "mistakes"]
+LONGEST += ["start", "preemption", "readme", "train"]
 ZERO1: dict = {"zero_optimization": {"stage": 1}}  # the least of a DeepSpeed JSON
 
 
@@ -47,20 +38,10 @@ def pytest_configure(config):
         # DeepSpeed's launcher sets the first variable by itself. The second one reaches the processes that it starts.
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
     starts_workers = config.getoption("numprocesses", None) and not hasattr(config, "workerinput")
-    if starts_workers and not bytecode_of("deepspeed").exists():
-        compile_libraries()
-
-
-def bytecode_of(package: str) -> Path:
-    spec = importlib.util.find_spec(package)
-    assert spec is not None, f"{package} is not installed"
-    return Path(str(spec.cached))
-
-
-def compile_libraries() -> None:
-    """Import the libraries once in a new environment: else each worker compiles the same 5,000 modules."""
-    imports = "import torch, deepspeed, transformers, timm, torch.utils.tensorboard, tests.drive_train, ds_cmli.run"
-    subprocess.run([sys.executable, "-c", imports], cwd=ROOT, capture_output=True)
+    if starts_workers and not Path(importlib.util.find_spec("deepspeed").cached).exists():
+        # Import the libraries once in a new environment: otherwise each worker compiles the same 5,000 modules.
+        imports = "import torch, deepspeed, transformers, timm, torch.utils.tensorboard, tests.drive_train, ds_cmli.run"
+        subprocess.run([sys.executable, "-c", imports], cwd=ROOT, capture_output=True)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -118,10 +99,9 @@ def device():
 @pytest.fixture(scope="module")
 def data(demo):
     """The data of the preset `tiny`."""
-    from ds_cmli.config.presets import load_preset
-    from ds_cmli.data.build import build_data
+    from tests import make
 
-    return build_data(load_preset("tiny", {}).data, 0)
+    return make.data_of(make.config())
 
 
 @pytest.fixture(scope="module")

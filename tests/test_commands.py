@@ -1,4 +1,4 @@
-"""How commands print, report a mistake and end."""
+"""Exceptions of libraries as one line, and how commands print, report a mistake and end."""
 
 import shlex
 import subprocess
@@ -6,9 +6,10 @@ import sys
 
 import click
 import pytest
+import torch
 
 from ds_cmli.commands import exit_code, prints
-from ds_cmli.errors import UserError
+from ds_cmli.errors import UserError, blame
 from tests.ranks import ROOT, clean_environment, python
 
 
@@ -73,3 +74,13 @@ leave(85)
 """
     done = python("-c", script, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (85, "not flushed; said goodbye\n", "")
+
+
+def test_what_a_library_raises_is_blamed_on_what_was_given(monkeypatch):
+    with pytest.raises(UserError, match=r"^--data x: KeyError: 'caption'$"), blame("--data x"):
+        raise KeyError("caption")
+    with pytest.raises(torch.OutOfMemoryError), blame("DeepSpeed refuses the configuration"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setenv("DS_CMLI_TRACEBACK", "1")
+    with pytest.raises(KeyError), blame("--data x"):
+        raise KeyError("caption")

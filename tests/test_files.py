@@ -1,5 +1,3 @@
-"""Files of any kind."""
-
 import pytest
 
 from ds_cmli.errors import UserError
@@ -7,7 +5,8 @@ from ds_cmli.files import check_writable
 
 
 def test_a_file_is_tried_and_left_as_it_was(tmp_path):
-    new, old = tmp_path / "new.json", tmp_path / "old.json"
+    new = tmp_path / "new.json"
+    old = tmp_path / "old.json"
     old.write_text("kept")
     for path in (new, old):
         check_writable(str(path))

@@ -15,6 +15,7 @@ from ds_cmli.errors import UserError
 from ds_cmli.faults import preemption
 from ds_cmli.train import processes
 from tests.checkpoint.runs import assert_same
+from tests.conftest import ZERO1
 from tests.make import metrics, pairs
 from tests.ranks import run
 
@@ -34,29 +35,29 @@ def test_an_error_ends_the_run_and_the_next_call_goes_on(tmp_path, data):
         if step == 3:
             raise ArithmeticError(step)
 
-    before = dict(os.environ)
+    environment = dict(os.environ)
     logged = {}
-    given = settings(tmp_path / "straight")
-    straight = ds_cmli.fit(given, Path(data), on_log=lambda step, values: logged.setdefault(step, {}).update(values))
-    assert os.environ == before
+    sections = settings(tmp_path / "straight")
+    straight = ds_cmli.fit(sections, Path(data), on_log=lambda step, values: logged.setdefault(step, {}).update(values))
+    assert os.environ == environment
     assert straight.metrics["step"] == 4 and straight.metrics["loss"] == logged[4]["loss"]
     assert straight.model.embed_texts(["a", "b"]).cls.shape == (2, 32)
-    given = settings(tmp_path / "broken", save_every=2)
+    sections = settings(tmp_path / "broken", save_every=2)
     with pytest.raises(ArithmeticError):
-        ds_cmli.fit(given, [data], on_log=broken)
-    again = ds_cmli.fit(given, data)  # from step 2
+        ds_cmli.fit(sections, [data], on_log=broken)
+    again = ds_cmli.fit(sections, data)  # from step 2
     assert_same(again.folder, straight.folder)
-    assert ds_cmli.fit(given, data).metrics == again.metrics  # the run has ended
+    assert ds_cmli.fit(sections, data).metrics == again.metrics  # the run has ended
 
 
 def test_a_whole_configuration_in_a_process_group_of_the_script(tmp_path, data, capsys):
-    config, zero1 = load_preset("tiny", settings(tmp_path, log_every=9)), {"zero_optimization": {"stage": 1}}
-    before = config.to_dict()
+    config = load_preset("tiny", settings(tmp_path, log_every=9))
+    values = config.to_dict()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        ds_cmli.fit(config, data, deepspeed_config=zero1)
-        assert config.to_dict() == before and dist.is_initialized()
-        ds_cmli.fit(settings(tmp_path, log_every=9), data, deepspeed_config=zero1)
+        ds_cmli.fit(config, data, deepspeed_config=ZERO1)
+        assert config.to_dict() == values and dist.is_initialized()
+        ds_cmli.fit(settings(tmp_path, log_every=9), data, deepspeed_config=ZERO1)
         assert "is finished" in capsys.readouterr().out and dist.is_initialized()
     finally:
         process_group.shutdown()
@@ -76,11 +77,11 @@ def test_a_lack_of_memory_is_raised_a_signal_saves_and_signals_are_the_scripts_a
         patched.setattr(TrainEngine, "step", short)
         with pytest.raises(UserError, match=r"^out of memory: rank 0\n  "):
             ds_cmli.fit(settings(tmp_path), data)
-    before = [signal.getsignal(number) for number in preemption.SIGNALS]
+    handlers = [signal.getsignal(number) for number in preemption.SIGNALS]
     with pytest.raises(preemption.Preempted, match=str(tmp_path)):
         ds_cmli.fit(settings(tmp_path), data, on_log=lambda step, values: os.kill(os.getpid(), signal.SIGUSR1))
     assert (tmp_path / "checkpoint" / "latest").read_text() == "step1"
-    assert [signal.getsignal(number) for number in preemption.SIGNALS] == before
+    assert [signal.getsignal(number) for number in preemption.SIGNALS] == handlers
     assert preemption.requested() is None
     assert ds_cmli.fit(settings(tmp_path), data).metrics["step"] == 4
 

@@ -39,7 +39,8 @@ def test_embeddings_are_the_students_features(model, pictures):
 
 def test_scores_are_the_definitions(model, pictures, monkeypatch):
     monkeypatch.setattr("ds_cmli.inference.SCORED", 5)  # so that there are three parts
-    images, texts = model.embed_images(pictures), model.embed_texts(TEXTS)
+    images = model.embed_images(pictures)
+    texts = model.embed_texts(TEXTS)
     scores = model.scores(images, texts)
     for i in (0, 11):
         for j in range(3):
@@ -52,7 +53,8 @@ def test_scores_are_the_definitions(model, pictures, monkeypatch):
 
 
 def test_it_scores_on_its_device(model, pictures, monkeypatch):
-    images, texts = model.embed_images(pictures), model.embed_texts(TEXTS)
+    images = model.embed_images(pictures)
+    texts = model.embed_texts(TEXTS)
     monkeypatch.setattr(model.evaluator, "device", torch.device("meta"))
     with pytest.raises(NotImplementedError, match="meta"):  # from which nothing comes back
         model.scores(images, texts)

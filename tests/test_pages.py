@@ -1,4 +1,4 @@
-"""What the pages say of messages, settings, files, options and numbers, compared with the code.
+"""Messages, settings, files, options and numbers of the pages, compared with the code.
 
 A number that a page takes from the code has a comment behind it on its line: `1,000 <!-- ds_cmli.data.build.MAX -->`,
 or any expression of names that are imported by their path.
@@ -130,8 +130,8 @@ def test_options_that_pages_name_exist():
     scripts = "".join(path.read_text("utf-8") for path in CODE if path.parts[-2] in ("profiling", "speed", "slurm"))
     for page in PAGES:
         for code in re.findall(r"`(--[a-z][\w-]+)", page.read_text("utf-8")):
-            known = code in ours or code in scripts or code in OPTIONS_OF_OTHERS
-            assert known, f"{page.name} names the option {code}"
+            exists = code in ours or code in scripts or code in OPTIONS_OF_OTHERS
+            assert exists, f"{page.name} names the option {code}"
 
 
 def test_files_and_modules_that_pages_name_exist():
@@ -198,12 +198,12 @@ def test_packages_of_the_demos_assets():
 
 def stated_values() -> list[tuple[str, str, str]]:
     """Return the page, the line before each comment of a value, and its expression."""
-    found = []
+    values = []
     for page in PAGES:
         for line in page.read_text("utf-8").splitlines():
             for match in re.finditer(r"<!-- (ds_cmli\.[^>]+?) -->", line):
-                found.append((page.name, line[: match.start()], match[1]))
-    return found
+                values.append((page.name, line[: match.start()], match[1]))
+    return values
 
 
 def evaluated(expression: str) -> object:

@@ -11,17 +11,17 @@ from ds_cmli.models.dual import load_transformers
 from tests import ranks
 
 
-def load_each_once(rank, world_size, asked):
+def load_each_once(rank, world_size, folder):
     """Load a tokenizer and a model on each rank, and return for which of them this rank might not ask the hub."""
     pretrained._answers = lambda url: True
     offline = []
     for name in ("tokenizer", "model"):
         with pretrained.loading(hub=True, name=name):
             if not constants.HF_HUB_OFFLINE:
-                (asked / f"{name} by {rank}").touch()
+                (folder / f"{name} by {rank}").touch()
                 time.sleep(0.2)  # others come meanwhile
             offline.append(constants.HF_HUB_OFFLINE)
-            assert len(list(asked.glob(f"{name}*"))) == 1
+            assert len(list(folder.glob(f"{name}*"))) == 1
     return offline
 
 

@@ -1,5 +1,3 @@
-"""The commit that a run's records name."""
-
 import subprocess
 
 from ds_cmli import provenance

@@ -83,7 +83,7 @@ def place(tmp_path_factory):
 @pytest.mark.slow
 def test_commands_of_the_readme(place):
     """Trainings until they train, all others to their end, with RUN in a run's place and at smaller sizes."""
-    # As of a shell with this environment.
+    # The environment of a shell in which this one is active.
     env = clean_environment() | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     env |= {"PYTHONPATH": str(ROOT), "MASTER_PORT": str(free_port())}
     lines = [line for line in commands([README]) if re.match(PROGRAMS, line)]

@@ -46,7 +46,6 @@ def test_what_a_run_leaves(finished):
     assert steps[0]["loss"] == pytest.approx(sum(v for k, v in steps[0].items() if k.startswith("loss/")), rel=1e-5)
     assert steps[0]["temperature/global"] == pytest.approx(0.07, rel=0.01)
     assert steps[0]["temperature/cmli"] == pytest.approx(0.02, rel=0.01)
-
     evals = evaluated(folder)
     for split, score, way in product(("seen", "unseen"), ("global", "cmli", "combined"), ("i2t", "t2i")):
         r1, r5, r10 = (evals[f"eval/{split}/{score}/{way}_r{k}"] for k in (1, 5, 10))
@@ -89,11 +88,11 @@ train.command.main(["--deepspeed_config", *sys.argv[1:2], *sys.argv[4:], "--outp
 
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits_with_a_launcher_and_without_one_and_from_python(tmp_path):
-    """In processes of their own: sums of many elements differ by what a process has done before."""
+    """All are new processes, because sums of many elements differ by what a process has done before."""
     json = "ds_configs/zero2.json"
-    given = "ds_cmli/train.py", "--deepspeed_config", json, *TINY, "--output-dir", tmp_path / "deepspeed"
+    words = "ds_cmli/train.py", "--deepspeed_config", json, *TINY, "--output-dir", tmp_path / "deepspeed"
     for done in (
-        python(*given, launcher=launcher("deepspeed", 1)),
+        python(*words, launcher=launcher("deepspeed", 1)),
         python("-c", FROM_PYTHON, json, tmp_path / "fit", tmp_path / "command", *TINY),
     ):
         assert done.returncode == 0, done.stdout + done.stderr
@@ -114,8 +113,8 @@ def test_evaluate_command_repeats_the_last_evaluation(finished, tmp_path, monkey
 
 
 def test_a_dry_run_prints_the_resolved_configuration_and_ends(tmp_path, alone, capsys):
-    given = ["--preset", "paper", "--dry-run", "--set", "student.layers=1", "--output-dir", str(tmp_path / "run")]
-    assert train.command.main(given, standalone_mode=False) == 0
+    words = ["--preset", "paper", "--dry-run", "--set", "student.layers=1", "--output-dir", str(tmp_path / "run")]
+    assert train.command.main(words, standalone_mode=False) == 0
     out = capsys.readouterr().out
     printed = json.loads(out[out.index("{\n") :])
     assert printed["config"]["student"]["layers"] == 1 and printed["config"]["run"]["preset"] == "paper"

@@ -1,5 +1,3 @@
-"""Optimizers and learning rates: those that a JSON may name, through the real engine."""
-
 import pytest
 
 from tests import make

@@ -2,18 +2,17 @@
 
 import json
 import random
+from functools import partial
 
 import psutil
 import pytest
 
-from ds_cmli.config.presets import load_preset
 from ds_cmli.data import network, shard_cache
-from ds_cmli.data.build import build_data
 from ds_cmli.data.sources.remote import list_once
 from ds_cmli.errors import UserError
 from profiling.speed import storage_server
 from tests import make
-from tests.data.test_pairs import global_batches, run
+from tests.data.batches import global_batches, run
 
 ROWS = [8, 9, 10, 11, 12, 13]
 DAMAGE = {
@@ -40,7 +39,7 @@ def server(tmp_path, monkeypatch):
 def opened(server, name="{url}/{0..5}.tar", **settings):
     source = name.replace("{url}", server.url)
     settings = {"held_out": 3, "max_bad_share": 1, "tokenizer": "builtin", "shuffle_window": 2, **settings}
-    return build_data(load_preset("tiny", {"data": {"source": source, **settings}}).data, 5)
+    return make.data(source, seed=5, **settings)
 
 
 def test_samples_are_those_of_local_tars_on_any_ranks_and_workers_through_failures(server):
@@ -49,8 +48,8 @@ def test_samples_are_those_of_local_tars_on_any_ranks_and_workers_through_failur
     assert "order: the samples of 2 of 6 shards at a time" in remote.summary[-1]
     stop = random.Random(1).randint(1, 13)
     first, state = run(remote, 2, 1, None, stop)
-    rest, _ = run(opened(server), 4, 0, state, 14 - stop)
-    assert global_batches(first + rest) == global_batches(run(remote, 1, 0, None, 14)[0])
+    second, _ = run(opened(server), 4, 0, state, 14 - stop)
+    assert global_batches(first + second) == global_batches(run(remote, 1, 0, None, 14)[0])
     tars = f"{server.folder}/*.tar"
     sources = [("{url}/{0..5}.tar", False), (tars, False), (tars, True)]
     runs = [opened(server, name, val_source=tars, cache=cache) for name, cache in sources]
@@ -69,8 +68,8 @@ def test_a_lost_shard_counts_as_bad_samples_and_resumes_exactly(server, reason):
     DAMAGE[reason](server.folder / "3.tar")
     data = opened(server)
     first, state = run(data, 2, 0, None, 4)
-    rest, _ = run(opened(server), 1, 0, state, 6)
-    assert global_batches(first + rest) == global_batches(run(data, 1, 0, None, 10)[0])
+    second, _ = run(opened(server), 1, 0, state, 6)
+    assert global_batches(first + second) == global_batches(run(data, 1, 0, None, 10)[0])
     bad = [sample.bad for sample in map(data.train.__getitem__, range(len(data.train))) if sample.bad]
     assert 4 <= len(bad) <= 11
     assert all(f"{server.url}/3.tar, sample " in name and reason in why for name, why in bad)
@@ -110,34 +109,34 @@ def bucket(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     client = boto3.client("s3")
     client.create_bucket(Bucket="bucket")
-    sizes = {}
     for number in range(6):
-        sizes[f"{number}.tar"] = 20
         client.upload_file(make.tar(tmp_path / "tar", 20, first=100 * number), "bucket", f"pairs/{number}.tar")
-    client.put_object(Bucket="bucket", Key="pairs/sizes.json", Body=json.dumps(sizes))
+    sizes = json.dumps({f"{number}.tar": 20 for number in range(6)})
+    client.put_object(Bucket="bucket", Key="pairs/sizes.json", Body=sizes)
     yield "s3://bucket/pairs/{0..5}.tar"
     storage.stop()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [0, 3])
-@pytest.mark.parametrize("weights", [("", ""), ("::0.7", "::0.3")])
-def test_a_bucket_and_a_list_resume_on_any_ranks_workers_and_micro_batches(server, bucket, window, weights):
-    make.pairs(server.folder / "list", 60)
+@pytest.mark.parametrize("bucket_weight, list_weight", [("", ""), ("::0.7", "::0.3")])
+def test_a_bucket_and_a_list_resume_on_any_ranks_workers_and_micro_batches(
+    server, bucket, window, bucket_weight, list_weight
+):
+    sources = [bucket + bucket_weight, make.pairs(server.folder / "list", 60) + list_weight]
     augmentation = {"random_resized_crop": 0.5, "color_jitter": 0.4}
-    sources = [bucket + weights[0], str(server.folder / "list") + weights[1]]
-    settings = {"source": sources, "shuffle_window": window, "held_out": 10, "augmentation": augmentation}
-    config = load_preset("tiny", {"data": {**settings, "tokenizer": "builtin"}}).data
-    chance = random.Random(f"{window} {weights}")
-    whole, _ = run(build_data(config, 5), 1, 0, None, 24, 30)
+    settings = {"shuffle_window": window, "held_out": 10, "augmentation": augmentation, "tokenizer": "builtin"}
+    data = partial(make.data, sources, seed=5, **settings)
+    chance = random.Random(f"{window} {bucket_weight}")
+    whole, _ = run(data(), 1, 0, None, 24, 30)
     seen = []
     state = None
     while len(seen) < len(whole):
         ranks = chance.choice([1, 2, 3, 5])
         steps = min(chance.randint(1, 6), (len(whole) - len(seen)) // 30)
-        more, state = run(build_data(config, 5), ranks, chance.choice([0, 1, 3]), state, steps, 30)
+        more, state = run(data(), ranks, chance.choice([0, 1, 3]), state, steps, 30)
         seen += more
     assert global_batches(seen, 30) == global_batches(whole, 30)
-    first, state = run(build_data(config, 5), 2, 1, None, 2, 30)
-    rest, _ = run(build_data(config, 5), 5, 3, state, 9, 10)  # to the end of the epoch
-    assert sorted(first + rest) == sorted(whole[:150])
+    first, state = run(data(), 2, 1, None, 2, 30)
+    second, _ = run(data(), 5, 3, state, 9, 10)  # to the end of the epoch
+    assert sorted(first + second) == sorted(whole[:150])

@@ -14,16 +14,16 @@ from ds_cmli.errors import UserError
 from tests.ranks import start_function
 
 
-def train(rank: int, ranks_with_mistake: tuple[int, ...], in_group: bool) -> None:
+def train(rank: int, ranks_with_mistake: tuple[int, ...], has_group: bool) -> None:
     """Meet a mistake before or after the processes meet; the other ranks wait in a collective."""
 
     @click.command()
     def command() -> None:
-        if in_group:
+        if has_group:
             process_group.init()
         if rank in ranks_with_mistake:
             raise UserError("the lr is -1")
-        if not in_group:
+        if not has_group:
             process_group.init()
         dist.barrier()
 
@@ -39,10 +39,10 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("ranks_with_mistake, in_group, line", CASES)
-def test_the_lowest_rank_that_has_a_mistake_prints_it(tmp_path: Path, ranks_with_mistake, in_group, line):
+@pytest.mark.parametrize("ranks_with_mistake, has_group, line", CASES)
+def test_the_lowest_rank_that_has_a_mistake_prints_it(tmp_path: Path, ranks_with_mistake, has_group, line):
     log = tmp_path / "log"
-    processes = start_function(train, 3, log, ranks_with_mistake, in_group, SLURMD_NODENAME="n7")
+    processes = start_function(train, 3, log, ranks_with_mistake, has_group, SLURMD_NODENAME="n7")
     for rank in ranks_with_mistake:
         processes[rank].join(60)
     codes = [processes[rank].exitcode for rank in ranks_with_mistake]

@@ -1,5 +1,3 @@
-"""Retrieval of a whole split, on any number of ranks: its numbers, what is broken, and what is drawn of it."""
-
 import copy
 from unittest import mock
 

@@ -18,11 +18,16 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults import watchdog
 from ds_cmli.faults.diagnosis import EXIT_CODE, GRACE, RankRecord, RankState, diagnose
 from ds_cmli.faults.watchdog import Watchdog
-from tests.make import pairs
-from tests.ranks import start_function, start_ranks, wait_for
+from tests.ranks import start_function, training_ranks
 
 TIMEOUT = 3.0  # seconds
 SLACK = 12.0  # seconds; a loaded machine takes its time to end a process
+STUCK = f"no progress for {TIMEOUT:g} s, at test_watchdog.py:"
+STOPPED = f"no progress for {TIMEOUT:g} s, dead or stopped"
+KILLED = f"no progress for {TIMEOUT / 2:g} s, dead or stopped"
+STATE = RankState("node-7", 5, 10, 30, 0, is_slow=False, waits=False, place="A", has_lost=False, error="", exit_code=0)
+WAITS = STATE._replace(waits=True, place="B")
+NO_ONE = "all ranks: no progress for 5 s, at B; last step 5"
 ALL = -1  # in place of the victim: all ranks meet their fate
 
 
@@ -99,12 +104,9 @@ def assert_one_error(lines: list[str], beginning: str) -> str:
     return error
 
 
-HERE = f"no progress for {TIMEOUT:g} s, at test_watchdog.py:"
-STOPPED = f"no progress for {TIMEOUT:g} s, dead or stopped"
-KILLED = f"no progress for {TIMEOUT / 2:g} s, dead or stopped"
 CASES = [
-    ("loops", 1, 2, HERE), ("loops", 0, 2, HERE), ("loads", 1, 2, HERE), ("others sync", 1, 2, HERE),
-    ("waits elsewhere", 1, 3, HERE), ("is stopped", 1, 2, STOPPED), ("is stopped", 0, 2, "its store does not answer"),
+    ("loops", 1, 2, STUCK), ("loops", 0, 2, STUCK), ("loads", 1, 2, STUCK), ("others sync", 1, 2, STUCK),
+    ("waits elsewhere", 1, 3, STUCK), ("is stopped", 1, 2, STOPPED), ("is stopped", 0, 2, "its store does not answer"),
     ("is killed", 1, 2, KILLED), ("is killed", 0, 2, "its process has ended"),
 ]  # fmt: skip
 
@@ -123,18 +125,13 @@ def test_the_rank_at_fault_is_named_and_the_job_ends(tmp_path, fate, victim, wor
 def test_no_rank_is_named_where_none_is_behind(tmp_path):
     codes, lines, _ = end_of(tmp_path, "all wait", ALL)
     assert codes == [EXIT_CODE] * 2
-    assert_one_error(lines, f"all ranks: {HERE}")
+    assert_one_error(lines, f"all ranks: {STUCK}")
 
 
 @pytest.mark.slow
 def test_a_rank_that_compiles_evaluates_and_saves_is_left_alone(tmp_path):
     codes, lines, _ = end_of(tmp_path, "gets on", 1)
     assert codes == [0, 0] and lines.count("finished") == 2 and not [line for line in lines if "error" in line]
-
-
-STATE = RankState("node-7", 5, 10, 30, 0, is_slow=False, waits=False, place="A", has_lost=False, error="", exit_code=0)
-WAITS = STATE._replace(waits=True, place="B")
-NO_ONE = "all ranks: no progress for 5 s, at B; last step 5"
 
 
 def named(*states: RankState, seconds: int = 10) -> str | None:
@@ -147,22 +144,22 @@ def named(*states: RankState, seconds: int = 10) -> str | None:
     return None if fault is None else fault.line
 
 
-def one(rank: int, where: str) -> str:
+def line_about(rank: int, where: str) -> str:
     return f"rank {rank} on node node-7: no progress for 5 s, at {where}; last step 5"
 
 
 @pytest.mark.parametrize(
     "states, line",
     [
-        ([STATE], one(0, "A")),
-        ([WAITS, STATE, WAITS], one(1, "A")),
-        ([WAITS, STATE._replace(heartbeats=11)], one(1, "A")),
-        ([WAITS, STATE, STATE, WAITS], one(1, "A")),
+        ([STATE], line_about(0, "A")),
+        ([WAITS, STATE, WAITS], line_about(1, "A")),
+        ([WAITS, STATE._replace(heartbeats=11)], line_about(1, "A")),
+        ([WAITS, STATE, STATE, WAITS], line_about(1, "A")),
         # All but one are in a CPU-GPU sync, behind a collective that this one has not entered.
-        ([STATE, STATE._replace(collectives=29, place="C"), STATE], one(1, "C")),
+        ([STATE, STATE._replace(collectives=29, place="C"), STATE], line_about(1, "C")),
         # One has missed a collective, and has gone on.
-        ([WAITS, WAITS._replace(place="C"), WAITS], one(1, "C, while others are at B")),
-        ([STATE, STATE, WAITS._replace(collectives=29)], one(2, "B, while others are at A")),
+        ([WAITS, WAITS._replace(place="C"), WAITS], line_about(1, "C, while others are at B")),
+        ([STATE, STATE, WAITS._replace(collectives=29)], line_about(2, "B, while others are at A")),
         ([WAITS, WAITS], NO_ONE),
         ([WAITS, WAITS._replace(place="C")], NO_ONE),
         ([STATE._replace(is_slow=True), WAITS], None),
@@ -204,18 +201,12 @@ def test_the_line_is_the_packages_also_where_it_is_installed(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_training_whose_rank_is_killed_ends_with_one_line(tmp_path, victim):
-    options = ["--preset", "tiny", "--steps", "100000", "--log-every", "1"]
-    options += ["--data", pairs(tmp_path / "pairs", count=63)]
+def test_a_training_whose_rank_is_killed_ends_with_one_line(tmp_path, source, victim):
+    options = ["--preset", "tiny", "--steps", "100000", "--log-every", "1", *source]
     logs = [tmp_path / f"{rank}.log" for rank in range(2)]
-    processes = start_ranks(["ds_cmli/train.py", *options, "--output-dir", tmp_path / "run"], logs)
-    try:
-        wait_for(lambda: "step 5/" in logs[0].read_text(), processes[0], logs[0])
+    with training_ranks([*options, "--output-dir", tmp_path / "run"], logs) as processes:
         processes[victim].kill()
         assert processes[1 - victim].wait(60) == EXIT_CODE
-    finally:
-        for process in processes:
-            process.kill()
     lines = [line for log in logs for line in log.read_text().splitlines()]
     assert_one_error(lines, f"rank {victim} on node ")
     assert not [line for line in lines if "peer" in line or "Exception" in line]

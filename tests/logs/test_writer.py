@@ -1,5 +1,3 @@
-"""What a user sees of a run while it goes on."""
-
 import json
 import os
 import resource
@@ -24,7 +22,6 @@ VALUES = {"loss": 3.5, "loss/global": 1.25, "loss/cmli": 2.25, "lr": 1e-3, "pair
 
 @pytest.fixture
 def folder(tmp_path):
-    """With a run's `run.json`."""
     (tmp_path / "run.json").write_text(json.dumps({"config": load_preset("tiny", {}).to_dict()}))
     return tmp_path
 
@@ -73,7 +70,7 @@ def test_tensorboard_shows_each_step_once_and_that_from_which_a_run_goes_on(fold
 
 @pytest.mark.slow
 def test_wandb_gets_what_tensorboard_gets_offline(folder):
-    """In a process of its own: wandb changes TensorBoard's writer for good."""
+    """It runs in another process, because wandb changes TensorBoard's writer for good."""
     pytest.importorskip("wandb")
     code = "import sys; from pathlib import Path; from tests.logs.test_writer import write;"
     code += "write(Path(sys.argv[1]), [1, 2], 0, 'wandb')"

@@ -186,7 +186,7 @@ def test_a_deterministic_run_is_predicted_with_the_partial_gradients_of_attentio
     report = predicted(Step(deterministic, ds_json(), 2), A100)
 
     def largest_inside_attention(events) -> int:
-        op = "aten._scaled_dot_product_flash_attention_backward.default, op"
+        op = "aten._scaled_dot_product_flash_attention_backward.default, inside"
         return max(event.bytes for event in events if event.op == op)
 
     # 8 pairs and 2 heads: 108 multiprocessors / 16, rounded up.

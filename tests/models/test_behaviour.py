@@ -1,7 +1,8 @@
-"""Student and teacher by what they give: masks, places, norms, weights, adapters."""
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 from ds_cmli.config.schema import TeacherConfig
@@ -14,10 +15,15 @@ LORA = {"image": ["qkv", "mlp.fc1"], "text": ["query"]}
 LOSSES = {"weights": {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}}
 
 
+class Built(NamedTuple):
+    objective: nn.Module
+    teacher: nn.Module
+
+
 @pytest.fixture(scope="module")
-def built():
+def built() -> Built:
     objective, teacher = make.models(loss=LOSSES)
-    return objective.eval(), teacher
+    return Built(objective.eval(), teacher)
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +38,8 @@ def texts(length: int, attended: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def test_padding_changes_no_text(built, images):
-    """Neither what stands in it, nor how long it is, also in the blocks that image and text share."""
-    student = built[0].student
+    """Neither its tokens nor its length count, also in the blocks that image and text share."""
+    student = built.objective.student
     for block in student.shared.parameters():
         block.add_(torch.randn(block.shape, generator=torch.Generator().manual_seed(2)) * 0.1)
     ids, mask = texts(12, 5)
@@ -51,7 +57,7 @@ def test_padding_changes_no_text(built, images):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["student", "teacher"])
 def test_patches_lie_row_by_row_without_the_class_token(name):
-    """With attention and MLP at 0 a patch's features are those of its pixels and place."""
+    """If attention and MLP are 0, a patch's features are those of its pixels and place."""
     objective, teacher = make.models(loss=LOSSES)
     model = objective.student if name == "student" else teacher
     zeroed = ("proj.weight", "proj.bias", "fc2.weight", "fc2.bias")
@@ -68,7 +74,7 @@ def test_patches_lie_row_by_row_without_the_class_token(name):
 
 
 def test_the_teacher_gives_normalised_features_of_frozen_weights(built, images):
-    teacher = built[1]
+    teacher = built.teacher
     targets = teacher(images)
     assert targets.patches.shape == (3, 16, 32) and not targets.patches.requires_grad
     for x in (targets.cls, targets.patches):
@@ -105,9 +111,9 @@ def test_the_teachers_patches_are_resampled_to_the_students_grid():
 
 
 def test_one_projection_starts_orthonormal_and_serves_both_sides(built):
-    weight = built[0].student.projection.weight
+    weight = built.objective.student.projection.weight
     assert_close(weight @ weight.t(), torch.eye(16), rtol=1e-4, atol=1e-5)
-    assert sum("projection.weight" in name for name, _ in built[0].named_parameters()) == 1
+    assert sum("projection.weight" in name for name, _ in built.objective.named_parameters()) == 1
 
 
 def adapted(lora: dict[str, list[str]], **student):
