@@ -35,12 +35,12 @@ def test_an_epoch_has_each_sample_once_and_is_read_from_any_place(num_samples, m
         assert set(order.turns) == {epoch}
     if num_samples >= 5:
         assert (first.indices != second.indices).any()
-        another_seed = make_order().at(np.arange(num_samples), 4, 1)
+        another_seed = make_order().samples(np.arange(num_samples), 4, 1)
         assert (another_seed.indices != second.indices).any()
     chance = random.Random(0)
     for _ in range(5):
         positions = np.array(chance.sample(range(num_samples), 3))
-        assert (make_order().at(positions, 3, 1).indices == second.indices[positions]).all()
+        assert (make_order().samples(positions, 3, 1).indices == second.indices[positions]).all()
 
 
 def test_places_worked_out_by_hand():
@@ -81,7 +81,7 @@ def test_a_mixture_takes_its_shares_and_every_sample_before_one_again(is_windowe
 
 
 def test_a_full_mixture_is_mixed_and_not_one_source_after_the_other():
-    first_half = FullOrder([30, 10], [1.0, 3.0]).at(np.arange(20), 0, 0)  # of 10 and 30 draws
+    first_half = FullOrder([30, 10], [1.0, 3.0]).samples(np.arange(20), 0, 0)  # of 10 and 30 draws
     assert 0 < (first_half.indices < 30).sum() < 10
 
 
