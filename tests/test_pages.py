@@ -144,6 +144,16 @@ def test_files_and_modules_that_pages_name_exist():
             assert importlib.util.find_spec(name), f"{page.name} names the module {name}"
 
 
+def test_names_of_the_api_page_exist():
+    entries = (ROOT / "docs" / "api.md").read_text("utf-8").split("\n::: ")[1:]
+    for entry in entries:
+        name = entry.split()[0]
+        documented = evaluated(name)
+        for members in re.findall(r"members: \[(.*)\]", entry):
+            for member in members.split(", "):
+                assert hasattr(documented, member), f"{name} has no {member}"
+
+
 def test_losses_of_the_page_are_those_of_the_code():
     (rows,) = [rows for header, rows in tables(ROOT / "docs" / "train.md") if header[0] == "loss"]
     assert {name.strip("`") for name, *_ in rows} == set(LOSSES)
