@@ -36,7 +36,10 @@ MISTAKES = [
     ({"optimizer": {"type": "Muon"}, "zero_allow_untested_optimizer": True}, "optimizer.type"),
     ({"optimizer": {"type": "AdamW", "params": {"weigth_decay": 0.1}}}, "'weigth_decay'"),
     ({"scheduler": {"type": "WarmupLR", "params": {"warmup_steps": 3}}}, "'warmup_steps'"),
-    ({"activation_checkpointing": {"cpu_checkpointing": True}}, "activation_checkpointing.cpu_checkpointing is True"),
+    (
+        {"activation_checkpointing": {"cpu_checkpointing": True}},
+        "activation_checkpointing.cpu_checkpointing is True: PyTorch",
+    ),
     ({"gradient_clipping": -1}, "gradient_clipping is -1"),
     ({"comms_logger": "auto"}, "comms_logger is 'auto'"),
     ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "bf16.check_grad_overflow is False: a NaN would reach"),

@@ -58,7 +58,7 @@ def test_samples_are_those_of_local_tars_on_any_ranks_and_workers_through_failur
 
 
 def test_no_connection_is_left_open_that_loader_processes_would_share(server):
-    assert len(list_once("shards", [f"{server.url}/{number}.tar" for number in range(6)])) == 6
+    assert len(list_once("shards of \udcff", [f"{server.url}/{number}.tar" for number in range(6)])) == 6
     peers = [connection.raddr for connection in psutil.Process().net_connections("tcp") if connection.raddr]
     assert server.server_port not in [port for _, port in peers]
 

@@ -4,6 +4,7 @@ import json
 import re
 import resource
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -139,12 +140,20 @@ OTHERS = [RuntimeError("shape mismatch"), OSError(28, "No space left"), ValueErr
 
 @pytest.mark.parametrize("error", [*SHORTAGES, *OTHERS], ids=str)
 def test_a_shortage_of_memory_is_one_line_and_other_errors_are_raised(error, tmp_path, alone):
+    tensors = []
+
+    def step() -> None:
+        activations = torch.ones(9)
+        tensors.append(weakref.ref(activations))
+        raise error
+
     expected = type(error) if error in OTHERS else Exception
     with pytest.raises(expected) as raised, out_of_memory.ending(tmp_path, torch.device("cpu"), raises=True):
-        raise error
+        step()
     assert (raised.value is error) == (error in OTHERS)
     if error not in OTHERS:
         assert str(raised.value).startswith("out of memory: rank 0")
+        assert tensors[0]() is None, "the memory of the step is not free for the line about it"
     assert not list(tmp_path.iterdir()) and sys.exc_info()[0] is None
 
 
