@@ -22,6 +22,13 @@ def print_line(*lines: str | None) -> None:
             print(line, flush=True)
 
 
+def noun(number: int, singular: str) -> str:
+    """Return the noun that follows a number: "pair" or "pairs", "class" or "classes"."""
+    if number == 1:
+        return singular
+    return singular + ("es" if singular.endswith("s") else "s")
+
+
 def prints() -> bool:
     """Return True if this process prints for all ranks: rank 0, or a process outside of any run."""
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
@@ -55,7 +62,7 @@ def exit_code(command: click.Command) -> int:
         line = f"{line[: MAX_LINE // 2]} ... {line[-MAX_LINE // 2 :]}"
     if prints():  # rank 0 need not ask the others
         print(f"error: {line}", file=sys.stderr, flush=True)
-    lowest = lowest_rank()
+    lowest = lowest_rank()  # called on rank 0 too, because it opens the store for the others
     if not prints() and lowest > 0 and os.environ["RANK"] == str(lowest):
         print(f"error: rank {lowest} on node {this_node()}: {line}", file=sys.stderr, flush=True)
     return 2

@@ -17,7 +17,7 @@ class UserError(click.ClickException):
     """A mistake that the user can correct: the setting, the value found and what to do."""
 
     def __init__(self, message: str):
-        # PyTorch raises a loading process's error again, with that process's traceback in front.
+        # PyTorch repeats the error of a loading process with the traceback and the type in front.
         kind = f"{type(self).__module__}.{type(self).__name__}: "
         super().__init__(_after_traceback(message).split(kind, 1)[-1])
 

@@ -1,6 +1,6 @@
 """Writes a trained model for other programs: `python -m ds_cmli.export RUN DIR --as clip`.
 
-It goes by the names of the tensors in the run's file: those that are not trained keep their bytes.
+It renames tensors of the run's file, so those that were not trained keep their bytes.
 """
 
 import json
@@ -119,8 +119,8 @@ def command(
 def interpolated(config: Config, model_config: Any, trained: Weights, share: float) -> Weights:
     """Return (1 - share) * source + share * trained of each weight and temperature.
 
-    At 0 and 1 they are those of an end to the bit: WiSE-FT (Wortsman et al., 2022, arXiv
-    2109.01903). `model_config`: the run's `CMLIConfig`.
+    At 0 they are the source's to the bit, at 1 the trained ones: WiSE-FT (Wortsman et al., 2022,
+    arXiv 2109.01903). `model_config`: the run's `CMLIConfig`.
     """
     begun = source_weights(config, model_config, dict(model_config.losses) or {"global": 1.0})
     weights = dict(trained)
@@ -231,7 +231,10 @@ def write_transformers(folder: Path, config: Config) -> Any:
 
 
 def write_open_clip(folder: Path, config: Config) -> Any:
-    """Write the same of a model of open_clip, without a CoCa's decoder of captions."""
+    """Write all but the weights and the tokenizer of a model of open_clip.
+
+    Returns the model, without a CoCa's decoder.
+    """
     from open_clip import create_model
 
     source_config = config.student.source_config

@@ -18,9 +18,9 @@ SECONDS_OF_START = 3600.0  # in which the ranks of a node read what one has fetc
 
 @contextmanager
 def loading(hub: bool, name: str = "") -> Iterator[None]:
-    """A context for every call that loads a model or a tokenizer.
+    """Guard every call that loads a model or a tokenizer.
 
-    torch.load accepts nothing but tensors in it, whatever arguments a library gives it.
+    Inside, torch.load accepts nothing but tensors, whatever arguments a library gives it.
 
     Args:
         hub: whether the call may ask the model hub. If the hub does not answer the first request,

@@ -287,7 +287,7 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
 
     run.writer.print(*run.bad_samples.check(run.flags))  # collective
     run.writer.close()
-    run.writer.print(*run.checkpoints.closing_lines(state))
+    run.writer.print(*run.checkpoints.closing_lines(state, run.config))
     return 0
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ds_cmli.commands import run_command
+from ds_cmli.commands import noun, run_command
 from ds_cmli.config.registry import plugin_option
 from ds_cmli.config.schema import Config
 from ds_cmli.errors import UserError, blame
@@ -38,7 +38,7 @@ def command(run: str, pairs: str, image: str | None, text: str | None, output: s
     for number, (pixels, caption) in enumerate(shown):
         picture = sheet(pixels, caption, model.match(pixels, caption))
         picture.save(folder / f"match-{number}.png", optimize=True)
-    click.echo(f"match maps of {len(shown)} pair{'s'[: len(shown) != 1]}: {output}")
+    click.echo(f"match maps of {len(shown)} {noun(len(shown), 'pair')}: {output}")
 
 
 def held_out_pairs(config: Config, numbers: str) -> list[tuple[Any, str]]:

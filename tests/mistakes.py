@@ -23,6 +23,15 @@ def karpathy(here: Path) -> None:
     make.karpathy(make.pictures(here, "a.png") / "splits.json", [("a.png", "train", ["a cat"])])
 
 
+def table(here: Path) -> None:
+    make.pictures(here, "a.png")
+    (here / "pairs.csv").write_text("filename,text,long\na.png,a cat,a black cat\n")
+
+
+def keyed_tar(here: Path) -> None:
+    make.shard(here / "0.tar", [("0.json", b'{"texts": ["a cat"]}'), ("0.png", make.png(0))])
+
+
 def blank_validation(here: Path) -> None:
     pairs(here)
     make.pairs(here / "blank", 9, empty=range(9))
@@ -100,10 +109,12 @@ MISTAKES = [
     (WEIGHTS % -1, "data.caption_weights.text", pairs),
     (WEIGHTS % 0, "data.caption_weights.text", pairs),
     (WEIGHTS % "NaN", "data.caption_weights.text", pairs),
-    (WEIGHTS % '1, "lnog": 1', "lnog", pairs),
+    (WEIGHTS % '1, "lnog": 1', "no such captions: known: file_name, text", pairs),
+    (WEIGHTS.replace("pairs", "pairs.csv") % '1, "lnog": 1', "no column 'lnog': did you mean 'long'?", table),
     (WEIGHTS % 1 + " --csv-caption-key long", "data.caption_key", pairs),
     (WEIGHTS.replace("pairs", "splits.json") % 1, "data.caption_weights", karpathy),
     (WEIGHTS.replace("pairs", "0.tar") % 1, "0.tar no such captions", lambda here: make.tar(here / "0.tar")),
+    (WEIGHTS.replace("pairs", "0.tar") % 1, "did you mean 'texts'?", keyed_tar),
     (WEIGHTS.replace("{here}/pairs", "demo") % 1, "data.caption_weights"),
     (PAIRS + " --set data.caption_weights={{}}", "data.caption_weights", pairs),
     (PAIRS + " --val-data {here}/blank", "no captions to evaluate on", blank_validation),

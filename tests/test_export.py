@@ -1,13 +1,19 @@
 """A run as a model of the library that it began as, and as its own: `python -m ds_cmli.export RUN DIR --as ...`."""
 
+import shlex
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from ds_cmli.checkpoint.save import Checkpoints
+from ds_cmli.checkpoint.state import TrainState
 from ds_cmli.config.registry import score_scales
+from ds_cmli.config.schema import load_config
 from ds_cmli.errors import UserError
 from ds_cmli.inference import Model
 from ds_cmli.models import hf
@@ -91,6 +97,34 @@ def test_a_temperature_that_no_run_trained_is_that_of_the_first_source(clip_fold
     exported = export(first, tmp_path / "exported")
     with pytest.raises(UserError, match=r"^student.source is '[^\n]*no temperature of the loss 'global'[^\n]*$"):
         export(run_of(exported, tmp_path / "lost", losses=("cmli",)), tmp_path / "x", "--as", "clip")
+
+
+def test_the_command_that_ends_a_run_exports_it_whatever_it_began_as(clip_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    untrained = export(run_of(clip_folder, tmp_path / "cmli", losses=("cmli",)), tmp_path / "exported")
+    vit = write_open_clip(tmp_path / "vit", "vit")
+    timm = write_open_clip(tmp_path / "timm", "siglip")
+    even = clip(tmp_path / "even", text_width=32)
+    runs = [
+        (run_of(clip_folder, tmp_path / "a run"), " --as clip"),
+        (run_of(siglip(tmp_path / "siglip"), tmp_path / "run1"), " --as siglip"),
+        (run_of(vit, tmp_path / "run2"), " --as open_clip"),
+        (run_of(timm, tmp_path / "run3"), " --as open_clip"),
+        # As a model of the library they cannot be written, or not without a temperature that no one has trained.
+        (run_of(timm, tmp_path / "run4", data={"image_size": 240}), ""),
+        (run_of(even, tmp_path / "run5", shared_blocks=1), ""),
+        (run_of(untrained, tmp_path / "run6", losses=("cmli",)), ""),
+        (write_run(tmp_path / "run7"), ""),
+    ]
+    best = {"metric": "", "value": 0.5, "step": 1, "chance": 0.1}
+    for run, option in runs:
+        config = load_config(run / "run.json", "run")
+        engine: Any = None
+        checkpoints = Checkpoints(run, engine, config.run, (1, True))
+        *_, line = checkpoints.closing_lines(TrainState(step=1, evaluated=True, best=best), config)
+        *_, folder, name = shlex.split(line.removesuffix(option))
+        assert line.startswith("export:     python -m ds_cmli.export ") and (folder, name) == (str(run), "FOLDER")
+        shutil.rmtree(export(Path(folder), tmp_path / name, *option.split()))
 
 
 def test_a_run_and_its_export_start_a_training(clip_folder, tmp_path):

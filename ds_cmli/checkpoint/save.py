@@ -15,6 +15,7 @@ nothing. transformers loads the files with those that `models/hf.py` writes.
 
 import json
 import os
+import shlex
 import shutil
 import time
 from contextlib import suppress
@@ -27,7 +28,8 @@ from ds_cmli.checkpoint.model_files import publish_models, write_models
 from ds_cmli.checkpoint.state import STATE, TrainState
 from ds_cmli.checkpoint.storage import CHECKPOINTS, WRITING, CheckpointWriter
 from ds_cmli.checkpoint.weights import write_weights
-from ds_cmli.config.schema import RunConfig
+from ds_cmli.config.schema import Config, RunConfig
+from ds_cmli.config.source import export_library
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 from ds_cmli.errors import UserError
@@ -167,17 +169,20 @@ class Checkpoints:
             problem = f"the last checkpoint could not be written ({self.error})"
             raise UserError(f"{problem}: mend that, and start {self.folder} again")
 
-    def closing_lines(self, state: TrainState) -> list[str]:
+    def closing_lines(self, state: TrainState, config: Config) -> list[str]:
         """Return the last lines of a run. Raises `UserError` if there is no checkpoint of it."""
         self.require_saved(state)
         best = state.best
+        folder = shlex.quote(str(self.folder))
+        library = export_library(config)
+        option = f" --as {library}" if library else ""
         lines = [
             f"best {best['metric']} {best['value']:.3f} at step {best['step']} "
             f"({best.get('size', 'mean of both ways')}, chance {best['chance']:.3f})",
             f"written to {self.folder}",
-            f"match maps: python -m ds_cmli.visualize {self.folder}",
-            f"evaluate:   python -m ds_cmli.evaluate {self.folder}",
-            f"export:     python -m ds_cmli.export {self.folder} FOLDER",
+            f"match maps: python -m ds_cmli.visualize {folder}",
+            f"evaluate:   python -m ds_cmli.evaluate {folder}",
+            f"export:     python -m ds_cmli.export {folder} FOLDER{option}",
         ]
         if state.out_of_patience(self.settings.patience):
             reason = f"{state.worse_in_row} evaluations in a row gave no better result"

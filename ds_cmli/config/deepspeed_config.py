@@ -136,7 +136,7 @@ class DeepSpeedConfig(dict[str, Any]):
         batch = self.batch(config.optim.micro_batch, world_size)
         return type(self)({**out, **dict(zip(BATCH_KEYS, batch, strict=True))})
 
-    def _with_automatic_values(self, optim: OptimConfig, total_steps: int, width: int = 0) -> Self:
+    def _with_automatic_values(self, optim: OptimConfig, total_steps: int, width: int) -> Self:
         """Copy it with all "auto" values filled but those of batch and precision."""
         from ds_cmli.config.deepspeed_schema import ADAMS, kind_of
 

@@ -1,6 +1,6 @@
 """The command-line options that make up a run's configuration, for all commands that need one.
 
-An option of a setting is that setting by name: of it and of `--set`, the last one given counts.
+An option such as --lr sets one setting. If --set names it too, the last of the two counts.
 """
 
 import json
@@ -104,7 +104,10 @@ OPTIONS = (
 
 
 class ConfigCommand(click.Command):
-    """A command with these options; it gets those of settings as sections, `settings`."""
+    """A command with these options.
+
+    Those of settings arrive as one argument, `settings`: {section: {setting: value}}.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -112,6 +115,7 @@ class ConfigCommand(click.Command):
             decorate(self)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # click keeps the order of options here alone: `ctx.params` has lost it.
         _, _, order = self.make_parser(ctx).parse_args(list(args))
         remaining = super().parse_args(ctx, args)
         values = ctx.params

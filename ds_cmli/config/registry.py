@@ -21,7 +21,7 @@ class LossEntry:
     implementation: str
     # The pair scores that the loss compares; "" if it treats each pair separately.
     scores: Literal["", "global", "cmli"] = ""
-    sigmoid: bool = False  # of each pair alone, where an image may have several positives
+    sigmoid: bool = False  # a sigmoid for each pair: an image may have several positives
     teacher: bool = False  # whether it needs the teacher's features
 
 
@@ -85,7 +85,7 @@ SOURCES = {
 
 
 def over_pairs(weights: dict[str, float]) -> dict[str, float]:
-    """The losses, with their weights, that compare pairs."""
+    """Return the losses that compare pairs, with their weights."""
     return {name: weight for name, weight in weights.items() if LOSSES[name].scores}
 
 

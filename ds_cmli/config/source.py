@@ -1,4 +1,4 @@
-"""`student.source`: a dual encoder as a whole, whose own files decide the settings of a student.
+"""`student.source`: a model of two encoders, whose files decide the settings of a student.
 
 It is a CLIP or SigLIP model of transformers or a model of open_clip, each as a folder or by its
 name on the hub, where open_clip's own prefixes `local-dir:` and `hf-hub:` may mark its format;
@@ -49,6 +49,23 @@ def temperature_loss(source_config: JsonObject) -> str:
     """Return the name of the loss whose temperature a model of `source_config` has."""
     has_bias = source_config.get("model_cfg", {}).get("init_logit_bias") is not None  # open_clip
     return "global_sigmoid" if has_bias or source_config["model_type"] == "siglip" else "global"
+
+
+def export_library(config: Config) -> str | None:
+    """Return the `--as` with which a run can be exported without its source, or None."""
+    source_config = config.student.source_config
+    loss = temperature_loss(source_config) if source_config else None
+    if loss not in config.loss.weights or config.student.shared_blocks:
+        return None
+    model_cfg = source_config.get("model_cfg", {"vision_cfg": {}})
+    if name := model_cfg["vision_cfg"].get("timm_model_name"):
+        from timm.models import get_pretrained_cfg
+
+        usual = get_pretrained_cfg(name)
+        # open_clip builds timm's models at their usual size alone.
+        if usual is not None and usual.input_size[-1] != config.data.image_size:
+            return None
+    return source_config["model_type"]
 
 
 class ModelSource:
@@ -164,8 +181,8 @@ class ModelSource:
 def applied(overrides: Mapping[str, Section]) -> Sections:
     """Return the user's settings together with those that `student.source` decides.
 
-    The size of pictures and the length of texts may be others than the source's if its positions
-    can be resampled. Raises `UserError`.
+    The user may choose another size of pictures or length of texts if the source's positions can be
+    resampled. Raises `UserError`.
     """
     settings = {section: dict(values) for section, values in overrides.items()}
     student = settings.get("student", {})
@@ -261,7 +278,7 @@ def transformers_settings(source: ModelSource, chosen: Section) -> Sections:
     embed_dim = config.projection_dim if model_type == "clip" else vision.hidden_size
     if model_type == "siglip" and text.projection_size != embed_dim:
         raise ValueError(f"its texts are not projected to the {embed_dim} numbers of its pictures")
-    # SigLIP attends to its padding: with another length, each of its texts would be another one.
+    # SigLIP attends to its padding, so another length would change the features of every text.
     padding = "longest" if model_type == "clip" else "full"
     context_length = text.max_position_embeddings
     if padding == "longest":
@@ -366,6 +383,6 @@ def open_clip_settings(source: ModelSource, chosen: Section) -> Sections:
 
 
 def _number(chosen: Section, key: str, usual: int) -> int:
-    """Return the user's number, or else `usual`; what is no number is refused by the caller."""
+    """Return the user's number, or else `usual`. Another value is refused later, as others are."""
     value = chosen.get(key)
     return value if type(value) is int else usual

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch.utils.data import Dataset
 
+from ds_cmli.commands import noun
 from ds_cmli.config.messages import check
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.held_out import AllBut, held_out_parts
@@ -17,7 +18,7 @@ from ds_cmli.data.scenes import EVAL_SCENES, EVAL_SEED, TRAIN_SCENES, DemoPictur
 from ds_cmli.data.sources import MAX_FULL, Source, is_large, shard_sizes
 from ds_cmli.data.sources.remote import check_cache
 from ds_cmli.data.tokens import CaptionTokenizer, tokenizer_of
-from ds_cmli.errors import UserError
+from ds_cmli.errors import UserError, nearest
 
 DEFAULT_WINDOW = 64  # shards
 FEW_HELD_OUT = 100
@@ -90,9 +91,10 @@ def build_data(config: DataConfig, seed: int, heartbeat: Callable[[], None] = la
     summary += [f"held out: {_describe(share)} of {name}" for name, share in held_out.items()]
     num_held_out = sum(len(indices) for _, indices in held_out.values())
     if num_held_out < FEW_HELD_OUT:
+        pictures = "1 picture is" if num_held_out == 1 else f"{num_held_out} pictures are"
         summary.append(
-            f"only {num_held_out} pictures are held out: recalls of fewer than {FEW_HELD_OUT} are "
-            "mostly chance (data.held_out, data.val_source)"
+            f"only {pictures} held out: recalls of fewer than {FEW_HELD_OUT} are mostly chance "
+            "(data.held_out, data.val_source)"
         )
     tokenizer = tokenizer_of(config)
     pairs = TrainPairs(Images(train), tokenizer, config, seed)
@@ -125,6 +127,8 @@ def check_columns(name: str, source: Source, weights: Mapping[str, float]) -> No
     if missing:
         columns = " and ".join(sorted(missing))
         need = "name columns of a table, or keys of the .json in tars"
+        if known := {*getattr(source, "columns", ())} - missing - {""}:
+            need = nearest(min(missing), known)
         raise UserError(f"data.caption_weights has {columns}, and {name} no such captions: {need}")
 
 
@@ -181,7 +185,8 @@ def build_eval_data(config: DataConfig, seed: int, split: str | None) -> tuple[E
 def _describe(share: Share) -> str:
     source, indices = share
     left_out = getattr(source, "left_out", 0)
-    return f"{len(indices):,} images" + (f" ({left_out:,} left out)" if left_out else "")
+    number = f"{len(indices):,} {noun(len(indices), 'image')}"
+    return f"{number} ({left_out:,} left out)" if left_out else number
 
 
 def _demo(config: DataConfig, seed: int) -> Data:

@@ -85,7 +85,7 @@ class Evaluator:
     device: torch.device
     batch_size: int = 50
     workers: int = 0
-    # Called for every batch and block, as often on every rank: it may be collective.
+    # Called before every batch and block, equally often on all ranks, so that it may be collective.
     heartbeat: Callable[[], None] = lambda: None
     worker_init: Callable[[int], None] | None = None
     trained: bool = True  # whether the temperatures are; otherwise no kinds of scores are combined
@@ -103,10 +103,10 @@ class Evaluator:
     def images(
         self, pictures: Any, numbers: list[int]
     ) -> Iterator[tuple[list[int], Tensor, Tensor, Reasons]]:
-        """Embed `pictures.image(number)` of as many numbers on every rank, batch by batch.
+        """Embed `pictures.image(number)` for each number, batch by batch.
 
-        Yields the numbers of usable pictures, their class tokens [B, H] and patches [B, N, D], and
-        `Reasons` of the others.
+        All ranks give equally many numbers. Yields the numbers of usable pictures, their class
+        tokens [B, H] and patches [B, N, D], and `Reasons` of the others.
         """
 
         def collate(batch: list[int]) -> tuple[Tensor, list[int], Reasons]:
@@ -133,7 +133,7 @@ class Evaluator:
     def texts(self, texts: Mapping[int, str], count: int) -> tuple[dict[int, Embedding], Reasons]:
         """Embed texts by number, and return also why others cannot be used.
 
-        count: the largest number of texts of a rank: each takes as many batches.
+        max_texts: the number of texts of the rank that has most; every rank runs as many batches.
         """
         samples: list[Sample] = []
         reasons = Reasons()
@@ -203,7 +203,7 @@ def pad_texts(texts: Sequence[Embedding]) -> PaddedTexts:
 
 
 def share_of_rank(numbers: list[int]) -> list[int]:
-    """Return this rank's share of all numbers, with fillers to be as many as rank 0's."""
+    """Return this rank's share of the numbers, filled up with `FILLER` to as many as rank 0's."""
     num_ranks = distributed.world_size()
     own_numbers = numbers[distributed.rank() :: num_ranks]
     return [*own_numbers, FILLER][: len(numbers[::num_ranks])]
@@ -217,13 +217,13 @@ def pictures_of(pairs: HeldOut) -> list[int]:
 
 @dataclass
 class Embedded:
-    """A rank's pictures and exactly their captions, as far as they can be used, by number."""
+    """The usable pictures of this rank and their usable captions, by number."""
 
     pairs: HeldOut
     image_of: list[int]  # as `pictures_of`
     images: dict[int, Embedding]
     texts: dict[int, Embedding]
-    captions: list[int]  # the usable ones of all ranks, in their order
+    captions: list[int]  # the usable ones of all ranks, sorted
     counts: Metrics  # `pairs`, `pictures`; `left_out` and `left_out_first`, names, if any were
 
 

@@ -12,7 +12,10 @@ TOP = (1, 5)
 
 
 def expected_hits(counts: Tensor, k: int) -> Tensor:
-    """Return how probably a right candidate is among the first k: [.., 3] -> [..]."""
+    """Return the probability that a right candidate is among the first k.
+
+    [.., 3], as of `count_candidates` -> [..].
+    """
     above, tied, right = counts.unbind(-1)
     miss = torch.ones_like(above)
     # The places after `above` go one by one to tied candidates, drawn at random.
@@ -25,8 +28,8 @@ def expected_hits(counts: Tensor, k: int) -> Tensor:
 def count_candidates(scores: Tensor, best: Tensor, is_right: Tensor, axis: int) -> Tensor:
     """Compare the candidates along an axis with each query's best right candidate.
 
-    `scores` are [K, I, J], `is_right` [I, J]; `best`, that candidate's score, has a size of 1 along
-    the axis. 2: captions are candidates for an image. 1: images are candidates for a caption.
+    `scores` are [K, I, J], `is_right` [I, J]. `axis`: 2 if captions are candidates for an image, 1
+    if images are candidates for a caption. `best`: the right one's score, of size 1 along the axis.
 
     Returns float64 [K, queries, 3]: the wrong candidates above it, among which NaN counts, the
     wrong ones equal to it, and the right ones equal to it.

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from ds_cmli.commands import noun
+
 Metrics = dict[str, Any]  # numbers by name, and `left_out_first`, the names of samples
 SCORES = ("combined", "cmli", "global")  # the first one that a model has decides
-COUNTS = ("pairs", "choices", "phrases", "pictures", "classes")
+COUNTED = ("pair", "choice", "phrase", "picture", "class")
 
 
 def prefixed(prefix: str, metrics: Metrics) -> Metrics:
@@ -25,8 +27,9 @@ def best_result(before: Metrics, data: str, metrics: Metrics, step: int) -> Metr
     metric = f"{data} {score} {'R@1' if is_retrieval else 'top-1 accuracy'}"
     if before.get("metric") == metric and value <= before["value"]:
         return before
-    count = "pairs" if is_retrieval else "pictures"
-    size = f"{'mean of both ways; ' if is_retrieval else ''}{metrics[count]} {count}"
+    counted = "pair" if is_retrieval else "picture"
+    number = metrics[f"{counted}s"]
+    size = f"{'mean of both ways; ' if is_retrieval else ''}{number} {noun(number, counted)}"
     return {"metric": metric, "value": value, "step": step, "size": size, "chance": chance}
 
 
@@ -43,8 +46,9 @@ def summary(metrics: Metrics, precision: str, name: str = "") -> str:
 
 
 def _heading(metrics: Metrics, precision: str, name: str) -> str:
-    counts = ", ".join(f"{metrics[count]} {count}" for count in COUNTS if count in metrics)
-    heading = f"  {name} {counts}" if name else f"  {counts}"
+    counts = [(metrics.get(noun(0, counted)), counted) for counted in COUNTED]
+    listed = ", ".join(f"{n} {noun(n, counted)}" for n, counted in counts if n is not None)
+    heading = f"  {name} {listed}" if name else f"  {listed}"
     if "left_out" not in metrics:
         return f"{heading}, in {precision}"
     names = ", ".join(metrics["left_out_first"])

@@ -44,9 +44,10 @@ class ClassPictures(PictureFiles):
     def __init__(
         self, folder: str, config: DataConfig, names_file: str | None, templates_file: str | None
     ) -> None:
-        """Read names by line, None: the folders' names, and prompts with {}, None: `TEMPLATES`.
+        """Open the folder. Raises `UserError`.
 
-        Raises `UserError`.
+        `names_file`: a name a line, None: the folders' names; `templates_file`: a prompt with {} a
+        line, None: `TEMPLATES`.
         """
         with blame(f"--zero-shot {folder}: give a folder with folders of pictures"):
             images = ImageFolder(os.path.expanduser(folder), allow_empty=True)

@@ -22,8 +22,8 @@ class Meter:
     """Measures the speed since the last logged step, without the time of what interrupts training.
 
     FLOPs are those of the model: the products of its forward passes, without what checkpointing and
-    gradient caching compute again. The student's count three times, for the gradients of both
-    factors, as though none of it were frozen.
+    gradient caching compute again. The student's count three times: once for the products, and once
+    for the gradient of each factor, as though nothing were frozen.
     """
 
     def __init__(self, engine: TrainEngine, counts_flops: bool = True):

@@ -130,7 +130,7 @@ class Writer:
         return "  ".join(parts)
 
     def _open_events(self, step: int) -> None:
-        """Open a file of TensorBoard for what comes from `step` on, unless one is open."""
+        """Open TensorBoard's file for the steps from `step` on, unless it is open."""
         if isinstance(self.events, NullWriter):
             with self._warned("TensorBoard's file"):
                 # `purge_step` hides what an interrupted run wrote from that step on.
@@ -162,7 +162,7 @@ class Writer:
 
 
 class NullWriter:
-    """The writer of all ranks but rank 0, whose methods do nothing."""
+    """A writer that writes nothing: of ranks but rank 0, and while TensorBoard has no file."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *arguments, **named: None

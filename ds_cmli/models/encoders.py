@@ -115,8 +115,8 @@ class ImageEncoder(nn.Module):
         if self.has_tokens:
             options |= {"output_fmt": "NLC", "return_prefix_tokens": True}
         elif pixels.is_cuda:
-            # cuDNN's convolutions on tensor cores take channels last, and then give that. The
-            # weights, parts of ZeRO's flat buffers, stay as they are: each is copied when used.
+            # cuDNN's convolutions on tensor cores take and give channels last. The weights stay as
+            # they are, because they are parts of ZeRO's flat buffers: each is copied when used.
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         [x] = self.model.forward_intermediates(pixels, intermediates_only=True, **options)
         patches, prefix = x if isinstance(x, tuple) else (x, None)
@@ -127,7 +127,7 @@ class ImageEncoder(nn.Module):
 
 
 def create_timm_model(name: str, image_size: int, weights: str, overrides: Mapping) -> Any:
-    # With the weights' own `num_classes` timm loads strictly; the head is cut off later.
+    # timm loads strictly only if `num_classes` is that of the weights. The head is cut off later.
     options: dict[str, Any] = {"pretrained": True, **overrides}
     if weights == "random":
         options |= {"pretrained": False, "num_classes": 0}
@@ -296,7 +296,8 @@ def text_config(
     # No dropout inside the attention: CPUs have no fused attention kernel with dropout.
     rates = {key: 0.0 for key in ATTENTION_DROPOUT if key in values}
     rates |= {key: dropout for key in DROPOUT if key in values}
-    # Built anew, because some classes compute fields from others: not from computed defaults.
+    # Build it anew, because some classes compute fields from others. A family's values are left
+    # out, because they may be computed.
     base = values if published else {}
     config = config_class(**base | rates | {"use_cache": False} | fields)
     depth = config.num_hidden_layers
@@ -310,7 +311,10 @@ def text_config(
 
 
 def changed_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the fields, but the tokenizer's and dropout, by which `text_config` gives the same."""
+    """Return the fields with which `text_config` builds this configuration again.
+
+    Those of the tokenizer and of dropout are left out.
+    """
     usual = type(config)().to_dict()
     values = config.to_dict()
     common = inspect.signature(PreTrainedConfig).parameters.keys() - {"chunk_size_feed_forward"}

@@ -227,7 +227,7 @@ class CMLIProcessor(ProcessorMixin):
 
 
 def write_config(folder: Path, config: Config, student: Student, words: CaptionTokenizer) -> None:
-    """Write what a run's folder has beside its weights, each file whole or not at all."""
+    """Write config.json and the processor's files into a run's folder, each whole or not at all."""
     data = {name: getattr(config.data, name) for name in PREPARATION}
     settings = asdict(config.student) | NO_TRAINING | {"source": ""}
     text = getattr(getattr(student.text, "model", None), "config", None)

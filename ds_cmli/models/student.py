@@ -71,7 +71,7 @@ class Student(nn.Module):
         """Build the encoders with their weights, and the layers above. Raises `UserError`.
 
         `vocab_size`, `pad_id`: the tokenizer's; `positions`: M of the longest text; `pretrained`:
-        load the weights of `student.source`, False: random ones.
+        False: the weights of a `student.source` are not loaded.
         """
         super().__init__()
         self.start: Start | None = None

@@ -11,6 +11,7 @@ from ds_cmli.config.schema import DataConfig
 from ds_cmli.evaluate import measures
 from ds_cmli.evaluate.embed import Embedded, Embedding
 from ds_cmli.evaluate.pointing_game import pointing_game, quarters
+from ds_cmli.evaluate.summary import summary
 from ds_cmli.evaluate.zero_shot import ClassPictures
 from ds_cmli.scores import all_kinds
 from tests import make
@@ -126,3 +127,8 @@ def test_names_and_prompts_of_classes(tmp_path):
     templates.write_text("a {}\n\n{}s\n")
     pictures = ClassPictures(str(tmp_path), DataConfig(), str(names), str(templates))
     assert pictures.names == ["bird", "car"] and pictures.templates == ["a {}", "{}s"]
+
+
+def test_one_thing_is_counted_in_the_singular():
+    assert summary({"pairs": 1, "pictures": 1, "classes": 1}, "fp32") == "  1 pair, 1 picture, 1 class, in fp32"
+    assert summary({"pairs": 2, "choices": 0}, "fp32") == "  2 pairs, 0 choices, in fp32"

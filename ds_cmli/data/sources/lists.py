@@ -25,7 +25,7 @@ from ds_cmli.data.sources import (
     Source,
     find_column,
 )
-from ds_cmli.errors import UserError, blame, one_line
+from ds_cmli.errors import UserError, blame, nearest, one_line
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 ITEMS_OF_BLOCK = 64  # as many are read for one: some 20 microseconds
@@ -67,8 +67,9 @@ class Packed:
 class ListedImages:
     """Images in files, with the captions that a list gives them."""
 
-    def __init__(self, root: Path, captions: dict[str, list[Caption]]):
+    def __init__(self, root: Path, captions: dict[str, list[Caption]], columns: set[str]):
         self.root = root
+        self.columns = columns  # of the list, if `data.caption_weights` is given
         self.rows = Packed((file, texts) for file, texts in captions.items() if texts)
         self.left_out = len(captions) - len(self.rows)  # images without a caption
 
@@ -120,7 +121,9 @@ def open_json(files: list[Path], config: DataConfig) -> dict[str, Source]:
 def _group(rows: Rows, path: Path, config: DataConfig) -> dict[str, Source]:
     """Return the images of each part, with all their captions."""
     captions: dict[str, dict[str, list[Caption]]] = {}
+    columns: set[str] = set()
     for part, file, texts, column in rows:
+        columns.add(column)
         of_image = captions.setdefault(part, {}).setdefault(os.path.normpath(file), [])
         for text in texts:
             if not isinstance(text, str | None):
@@ -131,7 +134,7 @@ def _group(rows: Rows, path: Path, config: DataConfig) -> dict[str, Source]:
         raise UserError(f"{path} has no row: give each image a file name and a caption")
     probed = list(islice(chain.from_iterable(captions.values()), NUM_PROBED))
     root = _image_folder(probed, path, config.image_root)
-    return {part: ListedImages(root, images) for part, images in captions.items()}
+    return {part: ListedImages(root, images, columns) for part, images in captions.items()}
 
 
 def _image_folder(names: list[str], path: Path, image_root: str) -> Path:
@@ -177,18 +180,23 @@ def _read_table(path: Path, config: DataConfig) -> Rows:
                     caption_keys = [find_column(row, CAPTION_COLUMNS, CAPTION_SETTING)]
                 columns = list(getattr(rows, "fieldnames", ()))
                 for key in (image_key, *caption_keys):
+                    # A line of JSON may lack some of the weighted columns.
+                    if key not in row and (columns or not config.caption_weights):
+                        raise ValueError(f"there is no column {key!r}: {nearest(key, row)}")
                     if columns.count(key) > 1:
                         raise ValueError(f"line 1 has the column {key} more than once")
                 name = row[image_key]
                 if not isinstance(name, str) or not name:
                     raise ValueError(f"{image_key} is {name!r}: give the image's path")
                 for key in caption_keys:
-                    # A line of JSON may lack some of the weighted columns.
-                    value = row.get(key) if config.caption_weights and not columns else row[key]
+                    value = row.get(key)
                     texts = value if isinstance(value, list) else [value]
                     if not all(text is None or isinstance(text, str) for text in texts):
                         raise ValueError(f"{key} is {value!r}: give a text, or a list")
                     yield "train", name, texts, key
+                if config.caption_weights:  # a message names the columns that there are
+                    for key in row.keys() - {*caption_keys}:
+                        yield "train", name, [], key
                 last_row = line
     except UnicodeEncodeError:
         raise UserError(f"{path} line {line} is no UTF-8: save it so") from None
@@ -201,9 +209,8 @@ def _read_table(path: Path, config: DataConfig) -> Rows:
         raise UserError(f"{path} after line {last_row}: {error}: {advice}") from None
     except RecursionError:
         raise UserError(f"{path} line {line}: nested too deeply") from None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        problem = f"no {error}" if isinstance(error, KeyError) else one_line(error)
-        raise UserError(f"{path} line {line}: {problem}") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} line {line}: {one_line(error)}") from None
 
 
 def _read_json(path: Path) -> Rows:

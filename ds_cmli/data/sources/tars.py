@@ -65,6 +65,11 @@ class Shards:
             raise ValueError(f"its .json has no {' or '.join(keys)}")
         return value if isinstance(value, list) else [value]
 
+    @property
+    def columns(self) -> list[str]:
+        """The keys of the first sample's .json."""
+        return list(json.loads(self._read(0, "json") or b"{}"))
+
     def place(self, index: int) -> tuple[int, int]:
         """Return the number of an image's shard, and the image's number in it."""
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
