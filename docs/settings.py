@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ds_cmli.config.options import FLAGS
 from ds_cmli.config.presets import PRESETS
-from ds_cmli.config.schema import MOST, SECTIONS, description
+from ds_cmli.config.schema import MAX_NUMBER, SECTIONS, description
 
 PAGE = Path(__file__).with_name("settings.md")
 HEAD = """# Settings
@@ -39,7 +39,7 @@ def accepted(schema: dict) -> str:
     for part in ("items", "propertyNames", "additionalProperties"):
         if isinstance(schema.get(part), dict):
             words.append(f"of {accepted(schema[part])}")
-    limits = [key for key in SIGNS if abs(schema.get(key, MOST)) < MOST]
+    limits = [key for key in SIGNS if abs(schema.get(key, MAX_NUMBER)) < MAX_NUMBER]
     return " ".join(words) + ",".join(f" {SIGNS[key]} {schema[key]:,}" for key in limits)
 
 

@@ -18,12 +18,12 @@ class UserError(click.ClickException):
 
     def __init__(self, message: str):
         # PyTorch repeats the error of a loading process with the traceback and the type in front.
-        kind = f"{type(self).__module__}.{type(self).__name__}: "
-        super().__init__(_after_traceback(message).split(kind, 1)[-1])
+        type_prefix = f"{type(self).__module__}.{type(self).__name__}: "
+        super().__init__(_after_traceback(message).split(type_prefix, 1)[-1])
 
 
 @contextmanager
-def blame(what: str) -> Iterator[None]:
+def blame(subject: str) -> Iterator[None]:
     """Turn a library's exception into a `UserError` of one line, unless DS_CMLI_TRACEBACK=1.
 
     A GPU's out-of-memory error and a lost connection to another rank pass unchanged, because they
@@ -37,7 +37,7 @@ def blame(what: str) -> Iterator[None]:
         out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch is not imported here
         if out_of_memory or lost_connection(error) or os.environ.get("DS_CMLI_TRACEBACK") == "1":
             raise
-        raise UserError(f"{what}: {type(error).__name__}: {one_line(error)[:500]}") from None
+        raise UserError(f"{subject}: {type(error).__name__}: {one_line(error)[:500]}") from None
 
 
 def one_line(error: BaseException) -> str:
@@ -66,9 +66,9 @@ def lost_connection(error: BaseException) -> bool:
 MAX_NAMES = 30  # that one line names
 
 
-def nearest(name: str, known: Iterable[object]) -> str:
+def nearest(name: str, names: Iterable[object]) -> str:
     """Return a hint for an unknown name: `did you mean 'x'?`, or the known names, or some."""
-    names = sorted(map(str, known))
+    names = sorted(map(str, names))
     if close := difflib.get_close_matches(name, names, n=1, cutoff=0.5):
         return f"did you mean '{close[0]}'?"
     if len(names) > MAX_NAMES:

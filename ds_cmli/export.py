@@ -62,13 +62,7 @@ def command(
     source = Path(run)
     target = Path(folder)
     config = load_config(source / RUN, "the run")
-    began = config.student.source_config.get("model_type", "two encoders")
-    if library is not None and began != library:
-        raise UserError(f"--as is {library!r}, and the run's student began as {began}")
-    if library is not None and config.student.shared_blocks:
-        raise UserError(f"--as is {library!r}: its models have no shared blocks, and the run's has")
-    if interpolate is not None and not config.student.source:
-        raise UserError("--interpolate has no effect: the run has no student.source: leave it out")
+    check_options(config, library, interpolate)
 
     from safetensors.torch import load_file
     from transformers import AutoTokenizer
@@ -79,10 +73,10 @@ def command(
     file = hf.AVERAGE if ema else hf.WEIGHTS
     model = hf.load_model(source, file, "the run")
     weights = load_file(source / file)
-    content = "the averaged weights" if ema else "the weights"
+    description = "the averaged weights" if ema else "the weights"
     if interpolate is not None:
         weights = interpolated(config, model.config, weights, interpolate)
-        content = f"{interpolate:g} of the way from student.source to {content}"
+        description = f"{interpolate:g} of the way from student.source to {description}"
     if library is not None:
         loss = temperature_loss(config.student.source_config)
         if f"losses.{loss}.temperature.logit_scale" not in weights:
@@ -103,14 +97,25 @@ def command(
                 tokenizer.model_max_length = length
                 tokenizer.save_pretrained(target)
         write_weights(weights, target / WEIGHT_FILES.get(str(library), hf.WEIGHTS))
-        text = readme(config, target.resolve().name, content, library)
+        text = readme(config, target.resolve().name, description, library)
         (target / "README.md").write_text(text, errors="backslashreplace")
         for path in target.iterdir():
             path.chmod(0o644)  # safetensors makes its files readable for their owner only
     except BaseException:
         shutil.rmtree(target)
         raise
-    click.echo(f"{folder}: {content} of {run}, as {library or 'a model of this package'}")
+    click.echo(f"{folder}: {description} of {run}, as {library or 'a model of this package'}")
+
+
+def check_options(config: Config, library: str | None, interpolate: float | None) -> None:
+    """Raise `UserError` for an option that a run with this configuration cannot have."""
+    source_type = config.student.source_config.get("model_type", "two encoders")
+    if library is not None and source_type != library:
+        raise UserError(f"--as is {library!r}, and the run's student began as {source_type}")
+    if library is not None and config.student.shared_blocks:
+        raise UserError(f"--as is {library!r}: its models have no shared blocks, and the run's has")
+    if interpolate is not None and not config.student.source:
+        raise UserError("--interpolate has no effect: the run has no student.source: leave it out")
 
 
 # --- what lies between the source and the run
@@ -122,11 +127,12 @@ def interpolated(config: Config, model_config: Any, trained: Weights, share: flo
     At 0 they are the source's to the bit, at 1 the trained ones: WiSE-FT (Wortsman et al., 2022,
     arXiv 2109.01903). `model_config`: the run's `CMLIConfig`.
     """
-    begun = source_weights(config, model_config, dict(model_config.losses) or {"global": 1.0})
+    losses = dict(model_config.losses) or {"global": 1.0}
+    source_state = source_weights(config, model_config, losses)
     weights = dict(trained)
-    for name in begun.keys() & trained.keys():
+    for name in source_state.keys() & trained.keys():
         if trained[name].is_floating_point():
-            weights[name] = begun[name].to(trained[name].dtype).lerp(trained[name], share)
+            weights[name] = source_state[name].to(trained[name].dtype).lerp(trained[name], share)
     return weights
 
 
@@ -142,15 +148,15 @@ def source_temperature(config: Config, model_config: Any, loss: str) -> Weights:
 
     prefix = f"losses.{loss}.temperature."
     source = ModelSource(config.student.source)
-    while source.is_run:
+    while source.is_ds_cmli:
         with source.blame("its weights cannot be loaded"):
-            weights = load_file(source.path / (source.weights or hf.WEIGHTS))
+            weights = load_file(source.local_folder / (source.weights or hf.WEIGHTS))
         temperature = {name: weights[name] for name in weights if name.startswith(prefix)}
         if temperature:
             return temperature
-        if not source.has_own_data:
+        if not source.is_run:
             raise source.error(f"it has no temperature of the loss {loss!r}, nor has the run")
-        config = load_config(source.path / RUN, "student.source")
+        config = load_config(source.local_folder / RUN, "student.source")
         source = ModelSource(config.student.source)
     weights = source_weights(config, model_config, {loss: 1.0})
     return {name: weights[name] for name in weights if name.startswith(prefix)}
@@ -181,20 +187,20 @@ def renamed(weights: Weights, library: str, config: Config, model: Any) -> Weigh
         has_text = any(name.startswith("text.") for name in wanted)
         names["text." if has_text else ""] = "student.text.model."
     out = {}
-    for name, like in wanted.items():
+    for name, tensor in wanted.items():
         value = None
         for beginning in filter(name.startswith, names):
             value = weights.get(names[beginning] + name.removeprefix(beginning), value)
         if value is None:
             raise UserError(f"--as {library}: the run has no weight for {name!r}")
-        if value.numel() != like.numel():
-            shapes = f"{[*value.shape]} in the run and {[*like.shape]} in the library's model"
+        if value.numel() != tensor.numel():
+            shapes = f"{[*value.shape]} in the run and {[*tensor.shape]} in the library's model"
             side = config.data.image_size
             raise UserError(
                 f"--as {library}: {name!r} is {shapes}, which it cannot build for pictures of "
                 f"{side} px: leave out --as, or train at the source's size"
             )
-        out[name] = value.reshape(like.shape)
+        out[name] = value.reshape(tensor.shape)
     return out
 
 
@@ -249,20 +255,20 @@ def write_open_clip(folder: Path, config: Config) -> Any:
     return create_model(f"{LOCAL_PREFIX}{folder}", load_weights=False, pretrained_text=False)
 
 
-def readme(config: Config, name: str, content: str, library: str | None) -> str:
+def readme(config: Config, name: str, description: str, library: str | None) -> str:
     """Return the page of a model, with what it began as and the licence of that."""
     from huggingface_hub import ModelCard
 
     from ds_cmli.data.assets import ASSETS, used
 
-    while (source := ModelSource(config.student.source)).name and source.has_own_data:
-        config = load_config(source.path / RUN, "student.source")  # of the run before
+    while (source := ModelSource(config.student.source)).name and source.is_run:
+        config = load_config(source.local_folder / RUN, "student.source")  # of the run before
     licence = "other"
     if source.name:
-        with suppress(Exception), loading(hub=not source.local):  # no card, or no network
-            card = source.path / "README.md" if source.local else source.place
+        with suppress(Exception), loading(hub=not source.is_local):  # no card, or no network
+            card = source.local_folder / "README.md" if source.is_local else source.bare_name
             licence = ModelCard.load(card).data.license or licence
-        began = Path(source.place).name if source.local else source.name
+        began = Path(source.bare_name).name if source.is_local else source.name
         began += f", licence: {'as it says' if licence == 'other' else licence}"
     else:
         began = f"{config.student.image_model} and {config.student.text_model}"
@@ -275,7 +281,7 @@ license: {licence}
 
 # {name}
 
-An image-text model: {content} of a run of ds-cmli {version()}.
+An image-text model: {description} of a run of ds-cmli {version()}.
 
 It began as {origins}. The licences of all that it was trained from hold for it.
 """

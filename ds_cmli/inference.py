@@ -30,7 +30,7 @@ from ds_cmli.evaluate.embed import (
 from ds_cmli.scores import DirectionScores, Match, match
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-SCORED = 256  # images that are scored at a time
+MAX_SCORED = 256  # images that are scored at a time
 
 
 @dataclass
@@ -135,8 +135,9 @@ class Model:
         text_features = PaddedTexts(texts.cls, texts.tokens, texts.token_mask)
         image_features = [*map(Embedding, images.cls, images.patches)]
         parts = defaultdict(list)
-        for start in range(0, len(image_features), SCORED):
-            scores = self.evaluator.scores(image_features[start : start + SCORED], text_features)
+        for start in range(0, len(image_features), MAX_SCORED):
+            block = image_features[start : start + MAX_SCORED]
+            scores = self.evaluator.scores(block, text_features)
             for kind, both in scores.items():
                 parts[kind].append(torch.stack(both).cpu())  # [2, I, J], CPU-GPU sync
         return {kind: DirectionScores(*torch.cat(blocks, 1)) for kind, blocks in parts.items()}

@@ -196,7 +196,7 @@ ROWS = (
     ("evaluate-ways", "evaluate/measures.py", "test_recall_as_by_sorting",
      "return best_captions, [-t2i-]{+i2t+}.gather(1, own"),
     ("evaluate-classes", "evaluate/measures.py", "test_accuracies_by_class_weigh_classes_alike",
-     'return {**means, "mean_per_class": [-of_present.mean(-]'
+     'return {**means, "mean_per_class": [-top1_of_class.mean(-]'
      "{+(hits_of_class.sum() / images_of_class.sum()+}).item()}"),
     ("evaluate-centres", "evaluate/measures.py", "test_hits_of_phrases",
      "y = top + [-(torch.arange(rows).double() + 0.5-]{+torch.arange(rows).double(+})"),

@@ -38,7 +38,7 @@ def test_embeddings_are_the_students_features(model, pictures):
 
 
 def test_scores_are_the_definitions(model, pictures, monkeypatch):
-    monkeypatch.setattr("ds_cmli.inference.SCORED", 5)  # so that there are three parts
+    monkeypatch.setattr("ds_cmli.inference.MAX_SCORED", 5)  # so that there are three parts
     images = model.embed_images(pictures)
     texts = model.embed_texts(TEXTS)
     scores = model.scores(images, texts)

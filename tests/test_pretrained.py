@@ -36,7 +36,7 @@ def test_the_json_and_the_weights_of_a_source_are_fetched_apart(monkeypatch):
     # With what another rank has fetched, this one asks no hub.
     monkeypatch.setattr(pretrained, "fetched_on_this_node", lambda name: names.append(name) or nullcontext(True))
     source = ModelSource("no-such-owner/model")
-    for fetch in (lambda: source.folder, lambda: load_transformers(source)):
+    for fetch in (lambda: source.json_folder, lambda: load_transformers(source)):
         with pytest.raises(UserError):
             fetch()
     assert len(set(names)) == 2

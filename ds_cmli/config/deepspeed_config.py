@@ -138,7 +138,7 @@ class DeepSpeedConfig(dict[str, Any]):
 
     def _with_automatic_values(self, optim: OptimConfig, total_steps: int, width: int) -> Self:
         """Copy it with all "auto" values filled but those of batch and precision."""
-        from ds_cmli.config.deepspeed_schema import ADAMS, kind_of
+        from ds_cmli.config.deepspeed_schema import ADAMS, named_class
 
         out = copy.deepcopy(self)
         optimizer = out.setdefault("optimizer", {"type": "AdamW"})
@@ -162,7 +162,7 @@ class DeepSpeedConfig(dict[str, Any]):
         fill(out["zero_optimization"], values, out["zero_optimization"])
         for section in ("optimizer", "scheduler"):
             if section in out:
-                takes = inspect.signature(kind_of(section, out[section]["type"])).parameters
+                takes = inspect.signature(named_class(section, out[section]["type"])).parameters
                 fill(out[section].setdefault("params", {}), values, takes)
                 values["warmup_max_lr"] = params["lr"]
         return out

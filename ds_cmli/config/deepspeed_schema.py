@@ -213,19 +213,20 @@ def _keys_of(model: type[BaseModel], parents: list[int | str]) -> list[str]:
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
-def kind_of(section: str, name: str) -> Any:
+def named_class(section: str, name: str) -> Any:
     """Return PyTorch's optimizer, or DeepSpeed's schedule, of that name. Raises `UserError`."""
-    kinds = vars(torch.optim if section == "optimizer" else lr_schedules)
-    known = [key for key, kind in kinds.items() if isinstance(kind, type)]
+    classes = vars(torch.optim if section == "optimizer" else lr_schedules)
+    names = [key for key, value in classes.items() if isinstance(value, type)]
     name = "AdamW" if name.lower() in ADAMS else name
-    choice(f"{section}.type", name, known)
-    return kinds[name]
+    choice(f"{section}.type", name, names)
+    return classes[name]
 
 
-def parameters_model(section: str, kind: Any) -> type[BaseModel]:
+def parameters_model(section: str, library_class: Any) -> type[BaseModel]:
     """Return the model of an optimizer's or a schedule's parameters, by its signature."""
-    hints = get_type_hints(kind.__init__)
-    _, *parameters = inspect.signature(kind).parameters.values()  # what is optimized comes first
+    hints = get_type_hints(library_class.__init__)
+    # What is optimized comes first.
+    _, *parameters = inspect.signature(library_class).parameters.values()
     fields: dict[str, Any] = {}
     for parameter in parameters:
         default = parameter.default
@@ -240,9 +241,9 @@ def parameters_model(section: str, kind: Any) -> type[BaseModel]:
         fields["total_num_steps"] = (Annotated[int, Field(ge=1)], None)
     if "warmup_type" in fields:  # of any other DeepSpeed takes "log"
         fields["warmup_type"] = (Literal["log", "linear"], None)
-    if kind is torch.optim.AdamW:  # DeepSpeed takes these out before it builds the optimizer
+    if library_class is torch.optim.AdamW:  # DeepSpeed takes these out before it builds one
         fields |= {"torch_adam": (bool, None), "adam_w_mode": (bool, None)}
-    return create_model(kind.__name__, __config__=STRICT, **fields)
+    return create_model(library_class.__name__, __config__=STRICT, **fields)
 
 
 def check_parameters(optimizer: JsonObject, scheduler: JsonObject | None) -> None:
@@ -250,19 +251,21 @@ def check_parameters(optimizer: JsonObject, scheduler: JsonObject | None) -> Non
 
     Raises `UserError` for what is unknown, of a wrong type, or refused by PyTorch or DeepSpeed.
     """
-    kind = kind_of("optimizer", optimizer["type"])
-    _take_step(kind, {"lr": 1e-3}, f"optimizer.type is {optimizer['type']!r}")
-    check_section(parameters_model("optimizer", kind), optimizer["params"], "optimizer.params")
-    taken = inspect.signature(kind).parameters
+    optimizer_class = named_class("optimizer", optimizer["type"])
+    _take_step(optimizer_class, {"lr": 1e-3}, f"optimizer.type is {optimizer['type']!r}")
+    parameters = parameters_model("optimizer", optimizer_class)
+    check_section(parameters, optimizer["params"], "optimizer.params")
+    taken = inspect.signature(optimizer_class).parameters
     values = {key: value for key, value in optimizer["params"].items() if key in taken}
-    trial = _take_step(kind, values, f"optimizer.params is {optimizer['params']}")
+    trial = _take_step(optimizer_class, values, f"optimizer.params is {optimizer['params']}")
     if scheduler is None:
         return
-    kind = kind_of("scheduler", scheduler["type"])
-    check_section(parameters_model("scheduler", kind), scheduler["params"], "scheduler.params")
+    schedule_class = named_class("scheduler", scheduler["type"])
+    parameters = parameters_model("scheduler", schedule_class)
+    check_section(parameters, scheduler["params"], "scheduler.params")
     rates = []
     with blame(f"scheduler.params is {scheduler['params']}"):
-        schedule = kind(trial, **scheduler["params"])
+        schedule = schedule_class(trial, **scheduler["params"])
         for _ in range(CHECKED_STEPS):
             schedule.step()
             rates += schedule.get_last_lr()
@@ -270,7 +273,7 @@ def check_parameters(optimizer: JsonObject, scheduler: JsonObject | None) -> Non
         raise UserError(f"scheduler.params is {scheduler['params']}: the learning rate stays 0")
 
 
-def _take_step(kind: Any, values: JsonObject, setting: str) -> torch.optim.Optimizer:
+def _take_step(optimizer_class: Any, values: JsonObject, setting: str) -> torch.optim.Optimizer:
     """Take a step with a new optimizer, and return it.
 
     Raises `UserError`, which names `setting`, if it cannot, or if a run of it could not resume.
@@ -278,7 +281,7 @@ def _take_step(kind: Any, values: JsonObject, setting: str) -> torch.optim.Optim
     parameter = torch.nn.Parameter(torch.zeros(1, 1))
     parameter.grad = torch.zeros(1, 1)
     with blame(setting):
-        optimizer = kind([parameter], **values)
+        optimizer = optimizer_class([parameter], **values)
         optimizer.step()
     if optimizer.state[parameter].keys() != RESUMABLE_STATE:
         raise UserError(

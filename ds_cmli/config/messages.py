@@ -12,10 +12,10 @@ def check(ok: bool, setting: str, value: object, remedy: str) -> None:
         raise UserError(f"{setting} is {value!r}: {remedy}")
 
 
-def choice(setting: str, value: object, known: Collection[object]) -> None:
+def choice(setting: str, value: object, choices: Collection[object]) -> None:
     """Raise a one-line `UserError` for a value that is not known, with the nearest that is."""
-    if value not in known:
-        raise UserError(f"{setting} is {value!r}: {nearest(str(value), known)}")
+    if value not in choices:
+        raise UserError(f"{setting} is {value!r}: {nearest(str(value), choices)}")
 
 
 def words(text: str) -> set[str]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from ds_cmli.config.messages import choice
 from ds_cmli.config.schema import Config, RunConfig, Sections, check_sections
-from ds_cmli.config.source import applied, temperature_loss
+from ds_cmli.config.source import temperature_loss, with_source_settings
 from ds_cmli.errors import UserError
 from ds_cmli.files import Section
 
@@ -114,7 +114,7 @@ def load_preset(name: str | None, overrides: Mapping[str, Section]) -> Config:
     usual = "finetune" if overrides.get("student", {}).get("source") else RunConfig.preset
     name = str(name or overrides.get("run", {}).get("preset", usual))
     choice("run.preset", name, PRESETS)
-    values = merged({"run": {"preset": name}}, PRESETS[name], applied(overrides))
+    values = merged({"run": {"preset": name}}, PRESETS[name], with_source_settings(overrides))
     source_config = values.get("student", {}).get("source_config")
     if name == "finetune" and source_config and "weights" not in overrides.get("loss", {}):
         values["loss"]["weights"] = {temperature_loss(source_config): 1.0, "cmli": 1.0}

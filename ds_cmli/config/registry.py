@@ -25,7 +25,8 @@ class LossEntry:
     teacher: bool = False  # whether it needs the teacher's features
 
 
-PAIRS, TARGETS = "ds_cmli.losses.pairs", "ds_cmli.losses.target_cmli"
+PAIRS = "ds_cmli.losses.pairs"
+TARGETS = "ds_cmli.losses.target_cmli"
 LOSSES = {
     "global": LossEntry(f"{PAIRS}:GlobalContrastive", "global"),
     "global_sigmoid": LossEntry(f"{PAIRS}:GlobalSigmoid", "global", sigmoid=True),
@@ -46,9 +47,9 @@ class SourceEntry:
     """A kind of source, recognised by the suffixes of its files, or by what its folder holds."""
 
     implementation: str  # a function of (files, `DataConfig`) -> `data.sources.Source` by split
-    what: str  # in a few words, for messages
-    ends: tuple[str, ...] = ()  # suffixes of its files
-    holds: tuple[str, ...] = ()  # patterns of files of which its folder holds at least one
+    title: str  # in a few words, for messages
+    suffixes: tuple[str, ...] = ()  # of its files
+    patterns: tuple[str, ...] = ()  # of files of which its folder holds at least one
 
 
 TABLES = ("metadata.csv", "metadata.jsonl")
@@ -57,12 +58,12 @@ SOURCES = {
     "folder": SourceEntry(
         f"{DATA}.lists:open_folder",
         "a folder of images with a metadata.csv or metadata.jsonl (file_name, text)",
-        holds=(*TABLES, *(f"train/{name}" for name in TABLES)),
+        patterns=(*TABLES, *(f"train/{name}" for name in TABLES)),
     ),
     "saved": SourceEntry(
         f"{DATA}.arrow:open_saved",
         "a folder of save_to_disk",
-        holds=("dataset_dict.json", "state.json"),
+        patterns=("dataset_dict.json", "state.json"),
     ),
     "tars": SourceEntry(
         f"{DATA}.tars:open_tars", "WebDataset tars", (".tar",), ("*.tar", "data/*.tar")
@@ -99,11 +100,11 @@ def score_scales(scales: Mapping[str, float]) -> dict[str, float]:
 
     `scales`: 1/temperature of each loss by name, in the run's order.
     """
-    by_kind: dict[str, float] = {}
+    scale_of_scores: dict[str, float] = {}
     for name, scale in scales.items():
-        if kind := LOSSES[name].scores:
-            by_kind.setdefault(kind, scale)
-    return by_kind
+        if scores := LOSSES[name].scores:
+            scale_of_scores.setdefault(scores, scale)
+    return scale_of_scores
 
 
 def load_plugin(name: str) -> None:

@@ -35,15 +35,15 @@ def expand_home(path: str) -> str:
 
 # `use_attribute_docstrings`: the text below a field is its description.
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
-MOST = 10**9  # of counts and factors: products of two of them are finite in fp32
+MAX_NUMBER = 10**9  # of counts and factors: products of two of them are finite in fp32
 Text = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00]*$")]
 Name = Annotated[Text, Field(min_length=1)]
 Folder = Annotated[Text, AfterValidator(expand_home)]
 Names = Annotated[list[Name], Field(min_length=1)]
-Number = Annotated[int, Field(ge=0, le=MOST)]
-Count = Annotated[int, Field(ge=1, le=MOST)]
-Positive = Annotated[float, Field(gt=0, le=MOST)]
-NotNegative = Annotated[float, Field(ge=0, le=MOST, allow_inf_nan=False)]
+Number = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
+Count = Annotated[int, Field(ge=1, le=MAX_NUMBER)]
+Positive = Annotated[float, Field(gt=0, le=MAX_NUMBER)]
+NotNegative = Annotated[float, Field(ge=0, le=MAX_NUMBER, allow_inf_nan=False)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Temperature = Annotated[float, Field(ge=0.01, le=10)]

@@ -75,21 +75,21 @@ class ModelSource:
         """`name`: the value of `student.source`."""
         self.name = name
         self.weights: str | None = None
-        self.place = name.removeprefix(LOCAL_PREFIX).removeprefix(HUB_PREFIX)
-        self.path = Path(os.path.expanduser(self.place))  # the folder of the model
+        self.bare_name = name.removeprefix(LOCAL_PREFIX).removeprefix(HUB_PREFIX)
+        self.local_folder = Path(os.path.expanduser(self.bare_name))  # the folder of the model
         # A name may be too long for a path, and may give the file of weights, if not the usual one.
-        if self.path.suffix == ".safetensors" and os.path.isfile(self.path):
-            self.weights = self.path.name
-            self.path = self.path.parent
-        self.local = not name.startswith(HUB_PREFIX) and os.path.exists(self.path)
-
-    @property
-    def has_own_data(self) -> bool:
-        """True for a run, whose settings say what it was trained on."""
-        return self.local and (self.path / RUN).is_file()
+        if self.local_folder.suffix == ".safetensors" and os.path.isfile(self.local_folder):
+            self.weights = self.local_folder.name
+            self.local_folder = self.local_folder.parent
+        self.is_local = not name.startswith(HUB_PREFIX) and os.path.exists(self.local_folder)
 
     @property
     def is_run(self) -> bool:
+        """True for a run, whose settings say what it was trained on."""
+        return self.is_local and (self.local_folder / RUN).is_file()
+
+    @property
+    def is_ds_cmli(self) -> bool:
         """True for a run or an export of this package."""
         return self.config.get("model_type") == "ds_cmli"
 
@@ -100,10 +100,10 @@ class ModelSource:
         return blame(str(self.error(problem)))
 
     @cached_property
-    def folder(self) -> Path:
+    def json_folder(self) -> Path:
         """The folder of its JSON files; those of the hub are fetched into its cache."""
-        if self.local or self.name.startswith(LOCAL_PREFIX):
-            return self.path
+        if self.is_local or self.name.startswith(LOCAL_PREFIX):
+            return self.local_folder
         from huggingface_hub import snapshot_download
 
         names = [
@@ -112,25 +112,25 @@ class ModelSource:
             "preprocessor_config.json",
             "processor_config.json",
         ]
-        fetched = f"the JSON of {self.place}"  # the weights are fetched later, by their own name
+        fetched = f"the JSON of {self.bare_name}"  # weights are fetched later, by their own name
         with self.blame("no such file or folder, nor on the hub"), loading(True, fetched):
-            return Path(snapshot_download(self.place, allow_patterns=names))
+            return Path(snapshot_download(self.bare_name, allow_patterns=names))
 
-    def json(self, name: str) -> JsonObject:
+    def read_json_file(self, name: str) -> JsonObject:
         """Return the content of a JSON file; empty if the source has no file of that name."""
-        if not (self.folder / name).is_file():
+        if not (self.json_folder / name).is_file():
             return {}
         with self.blame(f"its {name} cannot be read"):
-            return read_json(self.folder / name)
+            return read_json(self.json_folder / name)
 
     @cached_property
     def config(self) -> JsonObject:
         """Its `config.json`; of open_clip `model_cfg` and `preprocess_cfg`. Raises `UserError`."""
-        content = {} if is_marked(self.name) else self.json(MODEL_CONFIG)
+        content = {} if is_marked(self.name) else self.read_json_file(MODEL_CONFIG)
         if "model_type" in content:  # models that both libraries load have both files
             return content
         is_architecture = self.name.startswith(ARCHITECTURE_PREFIX)
-        content = {} if is_architecture else self.json(OPEN_CLIP_CONFIG)
+        content = {} if is_architecture else self.read_json_file(OPEN_CLIP_CONFIG)
         if not is_architecture and "model_cfg" not in content:
             files = f"{MODEL_CONFIG} or {OPEN_CLIP_CONFIG}"
             raise self.error(f"no {files} there: give the folder of a model or run")
@@ -150,8 +150,8 @@ class ModelSource:
             architecture, _, weights = self.name.removeprefix(ARCHITECTURE_PREFIX).partition("@")
             file = os.path.expanduser(weights)
             return architecture, file if os.path.isfile(file) else weights
-        prefix = LOCAL_PREFIX if self.local else HUB_PREFIX
-        return f"{prefix}{self.place}", None
+        prefix = LOCAL_PREFIX if self.is_local else HUB_PREFIX
+        return f"{prefix}{self.bare_name}", None
 
     def _architecture(self) -> JsonObject:
         """Return `model_cfg` and `preprocess_cfg` of an architecture that the package has."""
@@ -169,7 +169,7 @@ class ModelSource:
             choice(f"{setting} file or tag", weights, tags)
         quick_gelu = bool(published.get("quick_gelu"))
         if quick_gelu != bool(model_cfg.get("quick_gelu")):
-            fitting = architecture.removesuffix("-quickgelu") + "-quickgelu" * quick_gelu
+            fitting = architecture.removesuffix("-quickgelu") + ("-quickgelu" if quick_gelu else "")
             name = f"{ARCHITECTURE_PREFIX}{fitting}@{weights}"
             raise self.error(f"trained with another activation: give {name}")
         return {"model_cfg": model_cfg, "preprocess_cfg": published}
@@ -178,7 +178,7 @@ class ModelSource:
 # --- the settings of a student that starts from a source
 
 
-def applied(overrides: Mapping[str, Section]) -> Sections:
+def with_source_settings(overrides: Mapping[str, Section]) -> Sections:
     """Return the user's settings together with those that `student.source` decides.
 
     The user may choose another size of pictures or length of texts if the source's positions can be
@@ -193,8 +193,8 @@ def applied(overrides: Mapping[str, Section]) -> Sections:
         return settings
     source = ModelSource(name)
     data = settings.get("data", {})
-    free = {*TRAINING_SETTINGS, "dropout" if source.is_run else "shared_blocks"}
-    decided = run_settings(source, data) if source.is_run else library_settings(source, data)
+    free = {*TRAINING_SETTINGS, "dropout" if source.is_ds_cmli else "shared_blocks"}
+    decided = run_settings(source, data) if source.is_ds_cmli else library_settings(source, data)
     for section, values in decided.items():
         chosen = settings.setdefault(section, {})
         for key, value in values.items():
@@ -210,8 +210,8 @@ def applied(overrides: Mapping[str, Section]) -> Sections:
 
 def evaluation_config(source: ModelSource) -> Config:
     """Return the configuration to evaluate a model that is no run. Raises `UserError`."""
-    decided = applied({"student": {"source": source.name}})
-    if source.is_run:
+    decided = with_source_settings({"student": {"source": source.name}})
+    if source.is_ds_cmli:
         losses = dict(source.config.get("losses") or {"global": 1.0})  # a distillation has none
     else:
         losses = {temperature_loss(source.config): 1.0, "cmli": 1.0}
@@ -231,8 +231,8 @@ def run_settings(source: ModelSource, chosen: Section) -> Sections:
             # A text that is cut off earlier is still a text that the model was trained on.
             length = _number(chosen, "context_length", data["context_length"])
             data["context_length"] = min(length, data["context_length"])
-    if source.local:  # the name may be that of a file of weights
-        data["tokenizer"] = str(source.path)
+    if source.is_local:  # the name may be that of a file of weights
+        data["tokenizer"] = str(source.local_folder)
     return {"student": student, "data": data}
 
 
@@ -270,7 +270,7 @@ def transformers_settings(source: ModelSource, chosen: Section) -> Sections:
         raise ValueError("it is a file of weights: of a model of transformers, give its folder")
     with loading(hub=False):
         config: Any = CONFIG_MAPPING[model_type].from_dict(source.config)
-        processor = AutoImageProcessor.from_pretrained(source.folder, trust_remote_code=False)
+        processor = AutoImageProcessor.from_pretrained(source.json_folder, trust_remote_code=False)
     pictures = processor.to_dict()
     vision = config.vision_config
     text = config.text_config
@@ -327,19 +327,14 @@ def open_clip_settings(source: ModelSource, chosen: Section) -> Sections:
     text_cfg = model_cfg["text_cfg"]
     vision = open_clip.CLIPVisionCfg(**vision_cfg)
     text = open_clip.CLIPTextCfg(**text_cfg)
-    pictures: Any = merge_preprocess_dict(PreprocessCfg(), source.config["preprocess_cfg"])
-    if (
-        isinstance(vision.attentional_pool, str)
-        or vision.timm_pool not in ("", "avg", "map", "token")
-        or "none" in (vision.pool_type, text.pool_type, text.proj_type)
-    ):
-        raise ValueError("a tower is pooled or projected otherwise than docs/finetune.md says")
+    _check_towers(vision, text)
     # A CoCa keeps its two towers alone. What acts in open_clip's own training is left out.
     model_cfg.pop("multimodal_cfg", None)
     for name in ("output_tokens", "patch_dropout", "timm_drop", "timm_drop_path"):
         vision_cfg.pop(name, None)
         text_cfg.pop(name, None)
     vision_cfg["timm_model_pretrained"] = False
+    pictures: Any = merge_preprocess_dict(PreprocessCfg(), source.config["preprocess_cfg"])
     (side,) = {*to_2tuple(vision.image_size)}
     image_size = _number(chosen, "image_size", side)
     if image_size != side:
@@ -364,22 +359,37 @@ def open_clip_settings(source: ModelSource, chosen: Section) -> Sections:
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         source_config["text_config"] = config.to_diff_dict() | {"use_cache": False}
         text_cfg["hf_model_pretrained"] = False
-    tokenizer = DEFAULT_TOKENIZER
-    if text.hf_tokenizer_name or text.tokenizer_kwargs:
-        is_architecture = source.name.startswith(ARCHITECTURE_PREFIX)
-        tokenizer, _ = source.in_open_clip
-        tokenizer = ARCHITECTURE_PREFIX * is_architecture + tokenizer
     data = {
         "image_size": image_size,
         "resize": f"{pictures['resize_mode']}_pillow",
         # "random" is one of several in its training, and bicubic elsewhere.
         "interpolation": pictures["interpolation"].replace("random", "bicubic"),
-        "tokenizer": tokenizer,
+        "tokenizer": _open_clip_tokenizer(source, text),
         "context_length": context_length,
         "padding": "full" if attends else "longest",
     }
     embed_dim = int(model_cfg["embed_dim"])
     return {"student": {"source_config": source_config, "embed_dim": embed_dim}, "data": data}
+
+
+def _check_towers(vision: Any, text: Any) -> None:
+    """Raise ValueError for configurations of open_clip's towers that have no joint space."""
+    if (
+        isinstance(vision.attentional_pool, str)
+        or vision.timm_pool not in ("", "avg", "map", "token")
+        or "none" in (vision.pool_type, text.pool_type, text.proj_type)
+    ):
+        raise ValueError("a tower is pooled or projected otherwise than docs/finetune.md says")
+
+
+def _open_clip_tokenizer(source: ModelSource, text: Any) -> str:
+    """Return `data.tokenizer` for the configuration of a text tower."""
+    if not (text.hf_tokenizer_name or text.tokenizer_kwargs):
+        return DEFAULT_TOKENIZER
+    name, _ = source.in_open_clip
+    if source.name.startswith(ARCHITECTURE_PREFIX):
+        return f"{ARCHITECTURE_PREFIX}{name}"
+    return name
 
 
 def _number(chosen: Section, key: str, usual: int) -> int:

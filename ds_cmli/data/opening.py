@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -58,14 +58,14 @@ def open_source(
     path = Path(os.path.expanduser(name))
     named_files = [] if path.is_dir() else expand(name)
     for entry in SOURCES.values():
-        files = named_files or sorted(file for held in entry.holds for file in path.glob(held))
-        matching = [file for file in files if file.name.lower().endswith(entry.ends)]
+        files = named_files or sorted(chain.from_iterable(map(path.glob, entry.patterns)))
+        matching = [file for file in files if file.name.lower().endswith(entry.suffixes)]
         if files and (not named_files or matching == files):
             open_files = resolve_name(entry.implementation)
             if open_files is open_tars:
                 opener = open_copied if config.cache else open_tars
                 open_files = partial(opener, heartbeat=heartbeat)
-            return entry.what, open_files(matching or [path], config)
+            return entry.title, open_files(matching or [path], config)
     raise UserError(f"data.source is {name!r}, {_guess(path)}\n{_accepted()}")
 
 
@@ -118,7 +118,7 @@ def expand(pattern: str) -> list[Path]:
 
 
 def _accepted() -> str:
-    kinds = ", ".join(entry.what for entry in SOURCES.values())
+    kinds = ", ".join(entry.title for entry in SOURCES.values())
     return f"accepted are 'demo', {HUB_DATASETS}OWNER/NAME, URLs of tars, {kinds}"
 
 

@@ -63,8 +63,8 @@ def build_models(
     source = ModelSource(settings.source)
     source_model = None
     teacher = None
-    if pretrained and source.name and source.is_run:
-        source_model = load_model(source.path, source.weights or WEIGHTS, "student.source")
+    if pretrained and source.name and source.is_ds_cmli:
+        source_model = load_model(source.local_folder, source.weights or WEIGHTS, "student.source")
     torch.manual_seed(config.run.seed)
     sizes = data.image_size, vocab_size, data.context_length
     student = Student(settings, *sizes, pretrained and source_model is None, pad_id)

@@ -47,15 +47,15 @@ def command(
     MODEL is a run's output folder, one of its files of weights, or what training may start from: an
     export, a CLIP or SigLIP of transformers, or a model of open_clip, by folder or name on the hub.
     """
-    place = model or checkpoint
-    if not place or (model and checkpoint):
-        raise UserError(f"MODEL or --checkpoint: {'2 are' if place else 'none is'} given: give one")
+    name = model or checkpoint
+    if not name or (model and checkpoint):
+        raise UserError(f"MODEL or --checkpoint: {'2 are' if name else 'none is'} given: give one")
     task = next((task for task in TASKS if options[task]), "data")
     if json_file:
         check_writable(json_file)
-    source = ModelSource(place)
-    if not source.has_own_data and (options["ema"] or not options[task]):
-        raise UserError(f"{place!r} is no run's folder: of another model, give --data and no --ema")
+    source = ModelSource(name)
+    if not source.is_run and (options["ema"] or not options[task]):
+        raise UserError(f"{name!r} is no run's folder: of another model, give --data and no --ema")
     map_launcher_environment()
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.evaluate.embed import load_evaluator
@@ -71,35 +71,38 @@ def command(
         distributed.shutdown()
 
 
-def _measure(config: Config, model: Any, task: str, options: dict[str, Any]) -> dict[str, Any]:
+def _measure(config: Config, evaluator: Any, task: str, options: dict[str, Any]) -> dict[str, Any]:
     """Measure and print. Collective."""
     from ds_cmli.evaluate import choices, pointing_game, zero_shot
     from ds_cmli.evaluate.embed import embed
     from ds_cmli.evaluate.summary import prefixed, summary
 
     if task == "data":
-        return _measure_retrieval(config, model, options)
+        return _measure_retrieval(config, evaluator, options)
     file = options[task]
     image_root = options["image_root"]
+    prefix = task
     if task == "zero_shot":
-        lists = options["class_names"], options["templates"]
-        pictures = zero_shot.ClassPictures(file, config.data, *lists)
-        metrics = zero_shot.classify(model, pictures)  # collective
+        names_file = options["class_names"]
+        pictures = zero_shot.ClassPictures(file, config.data, names_file, options["templates"])
+        metrics = zero_shot.classify(evaluator, pictures)  # collective
     elif task == "choices":
         lines = choices.Choices(file, image_root, config.data)
-        metrics = choices.choose(model, lines)  # collective
+        metrics = choices.choose(evaluator, lines)  # collective
     else:
-        task = "entities"
-        folders = file, image_root or file, options["split"] or "val"
-        entities = pointing_game.Entities(*folders, model.tokenizer, config.data)
-        embedded = embed(model, entities)  # collective
-        regions = pointing_game.boxes, model.student.grid
-        metrics = embedded.counts | pointing_game.pointing_game(embedded, *regions)  # collective
-    print_line(summary(metrics, model.precision))
-    return prefixed(f"{task}/", metrics)
+        prefix = "entities"
+        entities = pointing_game.Entities(
+            file, image_root or file, options["split"] or "val", evaluator.tokenizer, config.data
+        )
+        embedded = embed(evaluator, entities)  # collective
+        metrics = embedded.counts | pointing_game.pointing_game(  # collective
+            embedded, pointing_game.entity_regions, evaluator.student.grid
+        )
+    print_line(summary(metrics, evaluator.precision))
+    return prefixed(f"{prefix}/", metrics)
 
 
-def _measure_retrieval(config: Config, model: Any, options: dict[str, Any]) -> dict[str, Any]:
+def _measure_retrieval(config: Config, evaluator: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Measure each split of the data and print its table. Collective."""
     from ds_cmli.data.build import build_eval_data
     from ds_cmli.data.held_out import evaluation_data
@@ -117,9 +120,9 @@ def _measure_retrieval(config: Config, model: Any, options: dict[str, Any]) -> d
     print_line(*lines)
     metrics: dict[str, Any] = {}
     for name, pairs in evals.items():
-        of_split, _ = evaluate_split(model, pairs)  # collective
-        print_line(summary(of_split, model.precision, name))
-        metrics |= prefixed(f"eval/{name}/", of_split)
+        split_metrics, _ = evaluate_split(evaluator, pairs)  # collective
+        print_line(summary(split_metrics, evaluator.precision, name))
+        metrics |= prefixed(f"eval/{name}/", split_metrics)
     return metrics
 
 

@@ -37,17 +37,17 @@ class Choices(PictureFiles):
 
 
 @torch.no_grad()
-def choose(model: Evaluator, choices: Choices) -> Metrics:
+def choose(evaluator: Evaluator, choices: Choices) -> Metrics:
     """Return the shares of lines, and of groups, whose right captions score strictly the highest.
 
     The scores are those from the picture's side. A group counts if all its lines do. Collective.
     """
-    embedded = embed(model, choices)  # collective
+    embedded = embed(evaluator, choices)  # collective
     own_results = []  # group, number of captions, and for each kind of scores, whether it is right
     for group, rows in choices.lines:
         # A missing caption is another rank's, or the line cannot be used as a whole.
         if embedded.texts.keys() >= {*rows}:
-            is_right = _is_right(model, choices, embedded, rows)  # CPU-GPU sync
+            is_right = _is_right(evaluator, embedded, rows)  # CPU-GPU sync
             own_results.append((group, len(rows), is_right))
     gathered = distributed.gather_objects(own_results)  # collective
     results = [result for results_of_rank in gathered for result in results_of_rank]
@@ -57,18 +57,18 @@ def choose(model: Evaluator, choices: Choices) -> Metrics:
         groups[group].append(is_right)
     metrics = {**embedded.counts, "choices": len(results)}
     metrics["chance/accuracy"] = sum(1 / captions for _, captions, _ in results) / count
-    for k, kind in enumerate(model.kinds):
+    for k, kind in enumerate(evaluator.kinds):
         right_groups = [all(is_right[k] for is_right in group) for group in groups.values()]
         metrics[f"{kind}/accuracy"] = sum(is_right[k] for _, _, is_right in results) / count
         metrics[f"{kind}/group"] = sum(right_groups) / max(len(groups), 1)
     return metrics
 
 
-def _is_right(model: Evaluator, choices: Choices, embedded: Embedded, rows: range) -> list[bool]:
+def _is_right(evaluator: Evaluator, embedded: Embedded, rows: range) -> list[bool]:
     """Return for each kind of scores whether the first caption is the best. CPU-GPU sync."""
-    right, *wrong = (model.tokenizer(choices.rows[row][1]).input_ids for row in rows)
+    right, *wrong = (evaluator.tokenizer(embedded.pairs.rows[row][1]).input_ids for row in rows)
     image = embedded.images[embedded.image_of[rows[0]]]
-    scores = model.scores([image], pad_texts([embedded.texts[row] for row in rows]))
+    scores = evaluator.scores([image], pad_texts([embedded.texts[row] for row in rows]))
     i2t = torch.stack([kind.i2t[0] for kind in scores.values()])  # [K, captions]
     # Two captions that the model reads alike may still differ by rounding.
     return [best and right not in wrong for best in (i2t[:, :1] > i2t[:, 1:]).all(1).tolist()]

@@ -5,7 +5,7 @@ t texts, B pictures of a batch, N patches, M tokens, H hidden size, D embedding 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress
+from itertools import chain, compress
 from typing import Any, NamedTuple
 
 import torch
@@ -73,14 +73,14 @@ class PictureFiles:
         return self.rows[row][0].name
 
 
-HeldOut = EvalPairs | Scenes | PictureFiles
+EvalSet = EvalPairs | Scenes | PictureFiles
 
 
 @dataclass
 class Evaluator:
     """A model, and how it embeds and scores."""
 
-    module: Objective | hf.CMLIModel
+    model: Objective | hf.CMLIModel
     tokenizer: CaptionTokenizer
     device: torch.device
     batch_size: int = 50
@@ -92,10 +92,10 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         one_attention_on_all_gpus()  # as in training
-        self.student = self.module.student
-        self.precision = str(next(self.module.parameters()).dtype).removeprefix("torch.")
+        self.student = self.model.student
+        self.precision = str(next(self.model.parameters()).dtype).removeprefix("torch.")
         # 1/temperature of each kind of scores that the losses compare.
-        self.scales = score_scales(self.module.scales())  # collective under ZeRO-3
+        self.scales = score_scales(self.model.scales())  # collective under ZeRO-3
         self.kinds = ["global"]
         if "cmli" in self.scales:
             self.kinds += ["cmli", "combined"] if self.trained else ["cmli"]
@@ -127,10 +127,13 @@ class Evaluator:
         for images, batch, reasons in loader(numbers, *loading, batch_size=self.batch_size):
             self.heartbeat()
             cls, patches = self.student.image_embeddings(images.to(self.device, non_blocking=True))
+            # By row of the batch, as the features are.
             usable = [number != FILLER and number not in reasons for number in batch]
             yield [*compress(batch, usable)], cls[usable], patches[usable], reasons
 
-    def texts(self, texts: Mapping[int, str], count: int) -> tuple[dict[int, Embedding], Reasons]:
+    def texts(
+        self, texts: Mapping[int, str], max_texts: int
+    ) -> tuple[dict[int, Embedding], Reasons]:
         """Embed texts by number, and return also why others cannot be used.
 
         max_texts: the number of texts of the rank that has most; every rank runs as many batches.
@@ -144,9 +147,9 @@ class Evaluator:
                 samples.append(sample)
             else:
                 reasons[number] = NO_TOKEN if is_unicode else "caption that is no Unicode"
-        samples += [Sample(black(0), self.tokenizer("a"), FILLER, 0)] * (count - len(samples))
+        samples += [Sample(black(0), self.tokenizer("a"), FILLER, 0)] * (max_texts - len(samples))
         embedded: dict[int, Embedding] = {}
-        for start in range(0, count, self.batch_size):
+        for start in range(0, max_texts, self.batch_size):
             self.heartbeat()
             batch = Collate(self.tokenizer)(samples[start : start + self.batch_size])
             inputs = batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
@@ -166,32 +169,33 @@ class Evaluator:
 
 
 def load_evaluator(
-    model: ModelSource, device: torch.device, precision: str | None, ema: bool = False, **batch: Any
+    source: ModelSource, device: torch.device, precision: str | None, ema: bool = False, **size: Any
 ) -> tuple[Config, Evaluator]:
     """Load a run, one of its files of weights, or what training starts from; and its settings.
 
-    `precision`: None is that of a run's training, and of other models fp32. `batch`: arguments of
+    `precision`: None is that of a run's training, and of other models fp32. `size`: arguments of
     `Evaluator`. Raises `UserError`.
     """
-    if model.has_own_data:
-        config = load_config(model.path / RUN, "--checkpoint")
-        ds_config = DeepSpeedConfig(read_json(model.path / RUN).get("deepspeed", {}))
+    if source.is_run:
+        file = source.local_folder / RUN
+        config = load_config(file, "--checkpoint")
+        ds_config = DeepSpeedConfig(read_json(file).get("deepspeed", {}))
         precision = precision or ds_config.precision
     else:
-        config = evaluation_config(model)
+        config = evaluation_config(source)
     tokenizer = tokenizer_of(config.data)
-    trained = model.has_own_data or model.is_run
+    trained = source.is_run or source.is_ds_cmli
     if trained:
-        file = hf.AVERAGE if ema else model.weights or hf.WEIGHTS
-        module: Any = hf.load_model(model.path, file)
+        weights = hf.AVERAGE if ema else source.weights or hf.WEIGHTS
+        model: Any = hf.load_model(source.local_folder, weights)
     else:
-        module, _ = build_models(config, tokenizer.vocab_size, pad_id=tokenizer.pad_id)
+        model, _ = build_models(config, tokenizer.vocab_size, pad_id=tokenizer.pad_id)
     dtype = DTYPES[precision or "fp32"]
-    cast_buffers(module.student.image, dtype)  # as in training, by engine.build
-    for parameter in module.parameters():
+    cast_buffers(model.student.image, dtype)  # as in training, by engine.build
+    for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    module = module.to(device).eval()
-    return config, Evaluator(module, tokenizer, device, trained=trained, **batch)
+    model = model.to(device).eval()
+    return config, Evaluator(model, tokenizer, device, trained=trained, **size)
 
 
 def pad_texts(texts: Sequence[Embedding]) -> PaddedTexts:
@@ -209,7 +213,7 @@ def share_of_rank(numbers: list[int]) -> list[int]:
     return [*own_numbers, FILLER][: len(numbers[::num_ranks])]
 
 
-def pictures_of(pairs: HeldOut) -> list[int]:
+def pictures_of(pairs: EvalSet) -> list[int]:
     """Return each caption's picture, whose number is that of its first caption."""
     first: dict[object, int] = {}
     return [first.setdefault(image, row) for row, (image, _) in enumerate(pairs.rows)]
@@ -219,7 +223,7 @@ def pictures_of(pairs: HeldOut) -> list[int]:
 class Embedded:
     """The usable pictures of this rank and their usable captions, by number."""
 
-    pairs: HeldOut
+    pairs: EvalSet
     image_of: list[int]  # as `pictures_of`
     images: dict[int, Embedding]
     texts: dict[int, Embedding]
@@ -228,7 +232,7 @@ class Embedded:
 
 
 @torch.no_grad()
-def embed(model: Evaluator, pairs: HeldOut) -> Embedded:
+def embed(evaluator: Evaluator, pairs: EvalSet) -> Embedded:
     """Embed every picture and every caption once, on one of the ranks. Collective.
 
     A caption belongs to the rank of its picture.
@@ -236,31 +240,32 @@ def embed(model: Evaluator, pairs: HeldOut) -> Embedded:
     image_of = pictures_of(pairs)
     own_pictures = share_of_rank([*dict.fromkeys(image_of)])
     images: dict[int, Embedding] = {}
-    lost: list[Bad] = []
-    for numbers, cls, patches, reasons in model.images(pairs, own_pictures):
+    bad: list[Bad] = []
+    for numbers, cls, patches, reasons in evaluator.images(pairs, own_pictures):
         embeddings = map(Embedding, cls.cpu(), patches.cpu())  # CPU-GPU sync
         images |= zip(numbers, embeddings, strict=True)
-        lost += [(pairs.name(number), why) for number, why in reasons.items()]
+        bad += [(pairs.name(number), reason) for number, reason in reasons.items()]
     is_own = {*own_pictures}
     own_rows = [row for row, picture in enumerate(image_of) if picture in is_own]
     max_texts = max(distributed.gather_objects(len(own_rows)))  # collective
-    texts, reasons = model.texts({row: pairs.rows[row][1] for row in own_rows}, max_texts)
-    lost += [(pairs.name(row), why) for row, why in reasons.items()]
+    texts, reasons = evaluator.texts({row: pairs.rows[row][1] for row in own_rows}, max_texts)
+    bad += [(pairs.name(row), reason) for row, reason in reasons.items()]
     texts = {row: text for row, text in texts.items() if image_of[row] in images}
     images = {number: images[number] for number in sorted({image_of[row] for row in texts})}
-    gathered = distributed.gather_objects((list(texts), lost))  # collective
-    captions = sorted(row for rows, _ in gathered for row in rows)
-    lost_at_load = list(getattr(pairs, "bad", ()))
-    lost = lost_at_load + [bad for _, lost_of_rank in gathered for bad in lost_of_rank]
+    gathered = distributed.gather_objects((list(texts), bad))  # collective
+    rows_of_ranks, bad_of_ranks = zip(*gathered, strict=True)
+    captions = sorted(chain(*rows_of_ranks))
+    bad_at_load = list(getattr(pairs, "bad", ()))
+    bad = [*bad_at_load, *chain(*bad_of_ranks)]
     num_pictures = len({image_of[caption] for caption in captions})
-    num_left_out = len(image_of) - len(captions) + len(lost_at_load)
+    num_left_out = len(image_of) - len(captions) + len(bad_at_load)
     counts = {"pairs": len(captions), "pictures": num_pictures}
-    counts |= left_out(num_left_out, lost, num_pictures)
+    counts |= left_out(num_left_out, bad, num_pictures)
     return Embedded(pairs, image_of, images, texts, captions, counts)
 
 
-def left_out(count: int, lost: list[Bad], num_used: int) -> Metrics:
+def left_out(count: int, bad: list[Bad], num_used: int) -> Metrics:
     """Return how many cannot be used, and the names of some. Raises `UserError` if none can."""
     if not num_used:
-        raise UserError("no picture can be used, for instance " + ", ".join(bad_texts(lost)))
-    return {"left_out": count, "left_out_first": bad_texts(lost)} if lost else {}
+        raise UserError("no picture can be used, for instance " + ", ".join(bad_texts(bad)))
+    return {"left_out": count, "left_out_first": bad_texts(bad)} if bad else {}

@@ -1,6 +1,7 @@
 """Match maps as pictures: a picture, and a tile for each word, tinted where the word fits."""
 
 import textwrap
+from collections import ChainMap
 from functools import cache
 from typing import cast
 
@@ -52,7 +53,6 @@ def sheet(image: Tensor, text: str, match: Match) -> Image.Image:
 
 
 def fitting_font(line: str, max_width: int) -> FreeTypeFont:
-    """Return the font in which a line is at most `max_width` pixels wide."""
     font = load_font(FONT_SIZE)
     excess = font.getlength(line) / max_width
     return font if excess <= 1 else load_font(FONT_SIZE / excess)
@@ -97,5 +97,5 @@ def match_maps(
             image = embedded.pairs.image(caption)
             own_sheets[picture] = sheet(image, text, match(tokenizer, text, tokens, patches, grid))
     gathered = distributed.gather_objects(own_sheets)  # collective
-    sheets = {picture: drawn for of_rank in gathered for picture, drawn in of_rank.items()}
+    sheets = ChainMap(*gathered)
     return [np.asarray(sheets[picture]) for picture in sorted(sheets)]

@@ -108,22 +108,22 @@ def mean_accuracies(hits: Tensor, target: Tensor) -> dict[str, float]:
     means = {f"top{k}": row.mean().item() for k, row in zip(TOP, hits, strict=True)}
     images_of_class = target.bincount()
     hits_of_class = target.bincount(hits[0])
-    of_present = (hits_of_class / images_of_class)[images_of_class > 0]
-    return {**means, "mean_per_class": of_present.mean().item()}
+    top1_of_class = (hits_of_class / images_of_class)[images_of_class > 0]
+    return {**means, "mean_per_class": top1_of_class.mean().item()}
 
 
-def phrase_hits(patches: Tensor, tokens: Tensor, phrase: Tensor, inside: Tensor) -> Tensor:
+def phrase_hits(patches: Tensor, tokens: Tensor, phrase: Tensor, shown: Tensor) -> Tensor:
     """Return True for each phrase whose best patch lies on what it names: bool [F].
 
     The best patch, of [N, D], has the highest mean similarity to the phrase's tokens, of [M, D],
-    all of unit length. `phrase` is each token's, int64 [M], -1 for none. `inside`, bool [F, N], are
+    all of unit length. `phrase` is each token's, int64 [M], -1 for none. `shown`, bool [F, N], are
     the patches that show what the phrase names. A phrase without a token is no hit.
     """
     similarity = tokens.float() @ patches.float().t()  # [M, N]
-    is_token_of = phrase == torch.arange(len(inside))[:, None]  # [F, M]
+    is_token_of = phrase == torch.arange(len(shown))[:, None]  # [F, M]
     num_tokens = is_token_of.sum(1, keepdim=True).clamp(min=1)
     mean = is_token_of.float() @ similarity / num_tokens  # [F, N]
-    hit = inside.gather(1, mean.argmax(1, keepdim=True))[:, 0]
+    hit = shown.gather(1, mean.argmax(1, keepdim=True))[:, 0]
     return hit & is_token_of.any(1)
 
 
@@ -136,7 +136,7 @@ def patches_inside(boxes: list, view: tuple, grid: tuple[int, int]) -> Tensor:
     rows, columns = grid
     y = top + (torch.arange(rows).double() + 0.5) * (bottom - top) / rows
     x = left + (torch.arange(columns).double() + 0.5) * (right - left) / columns
-    inside = torch.zeros(rows, columns, dtype=torch.bool)
+    is_inside = torch.zeros(rows, columns, dtype=torch.bool)
     for x0, y0, x1, y1 in boxes:
-        inside |= ((y >= y0) & (y <= y1))[:, None] & ((x >= x0) & (x <= x1))
-    return inside.flatten()
+        is_inside |= ((y >= y0) & (y <= y1))[:, None] & ((x >= x0) & (x <= x1))
+    return is_inside.flatten()

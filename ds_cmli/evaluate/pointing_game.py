@@ -43,18 +43,18 @@ def pointing_game(embedded: Embedded, regions: Callable[..., Regions], grid: Siz
     """
     sums = torch.zeros(4, dtype=torch.float64)
     for caption, text in embedded.texts.items():
-        phrase, inside = regions(embedded.pairs, caption, grid)
+        phrase, shown = regions(embedded.pairs, caption, grid)
         patches = embedded.images[embedded.image_of[caption]].parts
-        hits = phrase_hits(patches, text.parts, phrase, inside)
-        chance = inside.double().mean(1).sum()
-        visible = inside.any(1).sum()
+        hits = phrase_hits(patches, text.parts, phrase, shown)
+        chance = shown.double().mean(1).sum()
+        visible = shown.any(1).sum()
         sums += torch.tensor([hits.sum(), chance, visible, len(hits)], dtype=torch.float64)
     hits, chance, visible, phrases = distributed.sum_over_ranks(sums).tolist()  # collective
     counts = {"pointing_game": hits, "chance/pointing_game": chance, "visible": visible}
     return {name: n / max(phrases, 1) for name, n in counts.items()} | {"phrases": int(phrases)}
 
 
-def quarters(scenes: Scenes, row: int, grid: Size) -> Regions:
+def scene_regions(scenes: Scenes, row: int, grid: Size) -> Regions:
     """Return each token of a scene that names a picture as a phrase, shown in a quarter."""
     token_picture, cell_picture = scenes.places(row)
     cells = torch.tensor(cell_picture).view(1, 1, 2, 2).float()
@@ -65,14 +65,14 @@ def quarters(scenes: Scenes, row: int, grid: Size) -> Regions:
     return phrase, picture_of_patch == picture[is_phrase, None]
 
 
-def boxes(entities: "Entities", row: int, grid: Size) -> Regions:
+def entity_regions(entities: "Entities", row: int, grid: Size) -> Regions:
     """Return a caption's phrases, and the patches whose centre lies in one of their boxes."""
     phrases, size = entities.phrases[row]
     _, text = entities.rows[row]
     phrase = spans_of_tokens(entities.tokenizer(text), [span for span, _ in phrases])
     view = entities.view.part(*size)
-    inside = torch.stack([patches_inside(boxes, view, grid) for _, boxes in phrases])
-    return torch.tensor(phrase), inside
+    shown = torch.stack([patches_inside(boxes, view, grid) for _, boxes in phrases])
+    return torch.tensor(phrase), shown
 
 
 class Entities(PictureFiles):
@@ -109,9 +109,9 @@ def parse_sentence(line: str) -> tuple[str, list[tuple[Span, str]]]:
     """Return the caption without its markup, and the span and the entity of each phrase."""
     text, *parts = PHRASE.split(line)
     phrases = []
-    for entity, words, after in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+    for entity, words, text_after in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
         phrases.append(((len(text), len(text) + len(words)), entity))
-        text += words + after
+        text += words + text_after
     return text, phrases
 
 

@@ -8,6 +8,7 @@ dimension.
 """
 
 from collections import defaultdict
+from itertools import starmap
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from torch import Tensor
 from ds_cmli.data.scenes import Scenes
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate import measures
-from ds_cmli.evaluate.embed import Embedded, Evaluator, HeldOut, PaddedTexts, embed, pad_texts
-from ds_cmli.evaluate.pointing_game import pointing_game, quarters
+from ds_cmli.evaluate.embed import Embedded, EvalSet, Evaluator, PaddedTexts, embed, pad_texts
+from ds_cmli.evaluate.pointing_game import pointing_game, scene_regions
 from ds_cmli.evaluate.summary import Metrics, prefixed
 
 MAX_PICTURES = 128  # of a block, which has as many captions as they have
@@ -24,56 +25,77 @@ MAX_GATHERED = 512  # pictures whose captions are on a rank at a time
 
 
 @torch.no_grad()
-def evaluate_split(model: Evaluator, pairs: HeldOut) -> tuple[Metrics, Embedded]:
+def evaluate_split(evaluator: Evaluator, pairs: EvalSet) -> tuple[Metrics, Embedded]:
     """Return the metrics of a split, the same on every rank, and this rank's embeddings.
 
     They are `<score>/<direction>_r<k>`, `<score>/mean_recall`, `chance/...`, `pointing_game` of
     scenes, and `Embedded.counts`. Collective.
     """
-    was_training = model.module.training
-    model.module.eval()
-    embedded = embed(model, pairs)  # collective
-    model.module.train(was_training)
+    was_training = evaluator.model.training
+    evaluator.model.eval()
+    embedded = embed(evaluator, pairs)  # collective
+    evaluator.model.train(was_training)
     pictures = torch.tensor([embedded.image_of[caption] for caption in embedded.captions])
     metrics = embedded.counts | prefixed("chance/", measures.chance_recalls(pictures))
-    for kind, values in recalls_of_kinds(model, embedded).items():  # collective
+    for kind, values in recalls_of_kinds(evaluator, embedded).items():  # collective
         metrics |= prefixed(f"{kind}/", values)
     if isinstance(pairs, Scenes):
-        game = pointing_game(embedded, quarters, model.student.grid)  # collective
+        game = pointing_game(embedded, scene_regions, evaluator.student.grid)  # collective
         metrics["pointing_game"] = game["pointing_game"]
     return metrics, embedded
 
 
-def recalls_of_kinds(model: Evaluator, embedded: Embedded) -> dict[str, dict[str, float]]:
+def recalls_of_kinds(evaluator: Evaluator, embedded: Embedded) -> dict[str, dict[str, float]]:
     """Return the recalls of each kind of scores over all ranks' pictures and captions. Collective.
 
     A picture's counts are complete on its rank; a caption's are the sum over all ranks.
     """
-    image_of = torch.tensor(embedded.image_of)
-    num_kinds = len(model.kinds)
     num_ranks = distributed.world_size()
     block_size = max(1, min(MAX_PICTURES, MAX_GATHERED // num_ranks))
     pictures_of_rank = list(embedded.images)
     # Every rank has as many blocks; the last ones may be empty.
     max_pictures = -(-len({*embedded.image_of}) // num_ranks)
     blocks = [pictures_of_rank[i : i + block_size] for i in range(0, max_pictures, block_size)]
+    best_captions, own_blocks = score_own_pairs(evaluator, embedded, blocks)
+    i2t_counts, t2i_counts = torch.zeros(2, *best_captions.shape[:2], 3, dtype=torch.float64)
+    for own_block in own_blocks:
+        for block in distributed.gather_tensors(own_block):  # collective
+            for pictures in blocks:
+                evaluator.heartbeat()  # collective at times
+                if not block or not pictures:
+                    continue
+                caption_numbers, best_images, *text_tensors = block
+                captions = caption_numbers.tolist()
+                texts = PaddedTexts(*text_tensors)
+                i2t, t2i, is_right = score_block(evaluator, embedded, pictures, captions, texts)
+                best = best_captions[:, pictures]
+                i2t_counts[:, pictures] += measures.count_candidates(i2t, best, is_right, 2)
+                t2i_counts[:, captions] += measures.count_candidates(t2i, best_images, is_right, 1)
+    distributed.sum_over_ranks(i2t_counts)  # collective
+    distributed.sum_over_ranks(t2i_counts)  # collective
+    used_pictures = torch.tensor(embedded.image_of)[embedded.captions].unique()
+    i2t_counts = i2t_counts[:, used_pictures]
+    counts_of_kinds = zip(i2t_counts, t2i_counts[:, embedded.captions], strict=True)
+    recalls = starmap(measures.mean_recalls, counts_of_kinds)
+    return dict(zip(evaluator.kinds, recalls, strict=True))
+
+
+def score_own_pairs(
+    evaluator: Evaluator, embedded: Embedded, blocks: list[list[int]]
+) -> tuple[Tensor, list[list[Tensor]]]:
+    """Score this rank's pictures with their own captions, block by block, before all others.
+
+    They are scored as later, among all pairs of their block, so that a score is bitwise equal to
+    itself.
+
+    Returns:
+        The best score of each picture, [K, number of rows, 1], -inf on other ranks than its own;
+        and of each block captions, int64 [t], their scores, [K, 1, t], and texts; or nothing.
+    """
     captions_of_picture: dict[int, list[int]] = defaultdict(list)
     for caption in embedded.texts:
         captions_of_picture[embedded.image_of[caption]].append(caption)
-
-    def score(
-        pictures: list[int], captions: list[int], texts: PaddedTexts
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return i2t and t2i, [K, r, t], and which pairs are right, bool [r, t]. CPU-GPU sync."""
-        kinds = model.scores([embedded.images[picture] for picture in pictures], texts).values()
-        i2t = torch.stack([kind.i2t for kind in kinds]).cpu()
-        t2i = torch.stack([kind.t2i for kind in kinds]).cpu()
-        return i2t, t2i, torch.tensor(pictures)[:, None] == image_of[captions]
-
-    # The right pairs come first, in the blocks with the pictures of their captions: they are scored
-    # as again below, so that a score is bitwise equal to itself.
-    best_captions = torch.full((num_kinds, len(image_of), 1), -torch.inf)
-    # Captions, int64 [t], their scores with their own pictures, [K, 1, t], and texts; or nothing.
+    best_captions = torch.full((len(evaluator.kinds), len(embedded.image_of), 1), -torch.inf)
     own_blocks: list[list[Tensor]] = []
     for pictures in blocks:
         captions = [caption for picture in pictures for caption in captions_of_picture[picture]]
@@ -81,25 +103,22 @@ def recalls_of_kinds(model: Evaluator, embedded: Embedded) -> dict[str, dict[str
             own_blocks.append([])
             continue
         texts = pad_texts([embedded.texts[caption] for caption in captions])
-        own_scores = score(pictures, captions, texts)
-        best_captions[:, pictures], best_images = measures.best_of_right_pairs(*own_scores)
+        scores = score_block(evaluator, embedded, pictures, captions, texts)
+        best_captions[:, pictures], best_images = measures.best_of_right_pairs(*scores)
         own_blocks.append([torch.tensor(captions), best_images, *texts])
+    return best_captions, own_blocks
 
-    i2t_counts, t2i_counts = torch.zeros(2, num_kinds, len(image_of), 3, dtype=torch.float64)
-    for own_block in own_blocks:
-        for block in distributed.gather_tensors(own_block):  # collective
-            for pictures in blocks:
-                model.heartbeat()  # collective at times
-                if not block or not pictures:
-                    continue
-                caption_numbers, best_images, *text_tensors = block
-                captions = caption_numbers.tolist()
-                i2t, t2i, is_right = score(pictures, captions, PaddedTexts(*text_tensors))
-                best = best_captions[:, pictures]
-                i2t_counts[:, pictures] += measures.count_candidates(i2t, best, is_right, 2)
-                t2i_counts[:, captions] += measures.count_candidates(t2i, best_images, is_right, 1)
-    distributed.sum_over_ranks(i2t_counts)  # collective
-    distributed.sum_over_ranks(t2i_counts)  # collective
-    i2t_counts = i2t_counts[:, image_of[embedded.captions].unique()]
-    by_kind = zip(model.kinds, i2t_counts, t2i_counts[:, embedded.captions], strict=True)
-    return {kind: measures.mean_recalls(*counts) for kind, *counts in by_kind}
+
+def score_block(
+    evaluator: Evaluator,
+    embedded: Embedded,
+    pictures: list[int],
+    captions: list[int],
+    texts: PaddedTexts,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return i2t and t2i, [K, r, t], and which pairs are right, bool [r, t]. CPU-GPU sync."""
+    kinds = evaluator.scores([embedded.images[picture] for picture in pictures], texts).values()
+    i2t = torch.stack([kind.i2t for kind in kinds]).cpu()
+    t2i = torch.stack([kind.t2i for kind in kinds]).cpu()
+    image_of = torch.tensor([embedded.image_of[caption] for caption in captions])
+    return i2t, t2i, torch.tensor(pictures)[:, None] == image_of

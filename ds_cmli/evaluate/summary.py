@@ -13,8 +13,8 @@ def prefixed(prefix: str, metrics: Metrics) -> Metrics:
     return {f"{prefix}{name}": value for name, value in metrics.items()}
 
 
-def best_result(before: Metrics, data: str, metrics: Metrics, step: int) -> Metrics:
-    """Return the best result of a run: `metrics`, unless `before` is of the same metric and better.
+def best_result(best: Metrics, data: str, metrics: Metrics, step: int) -> Metrics:
+    """Return the best result of a run: `metrics`, unless `best` is of the same metric and better.
 
     It is R@1 of retrieval, the mean of both directions, or accuracy of zero-shot classification.
     """
@@ -25,8 +25,8 @@ def best_result(before: Metrics, data: str, metrics: Metrics, step: int) -> Metr
         sum(metrics[f"{kind}/{name}"] for name in names) / len(names) for kind in (score, "chance")
     )
     metric = f"{data} {score} {'R@1' if is_retrieval else 'top-1 accuracy'}"
-    if before.get("metric") == metric and value <= before["value"]:
-        return before
+    if best.get("metric") == metric and value <= best["value"]:
+        return best
     counted = "pair" if is_retrieval else "picture"
     number = metrics[f"{counted}s"]
     size = f"{'mean of both ways; ' if is_retrieval else ''}{number} {noun(number, counted)}"

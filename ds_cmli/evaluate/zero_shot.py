@@ -9,6 +9,7 @@ size, D embedding dimension.
 """
 
 import os
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -87,17 +88,17 @@ def open_class_folders(config: Config) -> dict[str, ClassPictures]:
 
 
 @torch.no_grad()
-def classify(model: Evaluator, pictures: ClassPictures) -> Metrics:
+def classify(evaluator: Evaluator, pictures: ClassPictures) -> Metrics:
     """Return `mean_accuracies` of each score over the pictures of all ranks. Collective."""
-    was_training = model.module.training
-    model.module.eval()
+    was_training = evaluator.model.training
+    evaluator.model.eval()
     prompts = [text.replace("{}", name) for name in pictures.names for text in pictures.templates]
-    embedded, reasons = model.texts(dict(enumerate(prompts)), len(prompts))
-    for number in reasons:
+    embedded, bad_prompts = evaluator.texts(dict(enumerate(prompts)), len(prompts))
+    for number in bad_prompts:
         raise UserError(f"{prompts[number]!r} has no token: name the class by --class-names")
     texts = pad_texts([embedded[number] for number in range(len(prompts))])
     # On the device once, for all pictures.
-    prompt_cls, tokens, token_mask = (tensor.to(model.device) for tensor in texts)
+    prompt_cls, tokens, token_mask = (tensor.to(evaluator.device) for tensor in texts)
     classes_and_templates = len(pictures.names), len(pictures.templates)
     mean_cls = prompt_cls.unflatten(0, classes_and_templates).mean(1)
     class_cls = F.normalize(mean_cls, dim=-1)  # [C, H]
@@ -105,31 +106,31 @@ def classify(model: Evaluator, pictures: ClassPictures) -> Metrics:
     def score(cls: Tensor, patches: Tensor) -> Tensor:
         """fp32 [B, H], [B, N, D] -> fp32 [K, B, C]."""
         cmli = None
-        if "cmli" in model.kinds:
+        if "cmli" in evaluator.kinds:
             prompt_scores, _ = cmli_scores(patches, tokens, token_mask)
             class_scores = prompt_scores.unflatten(1, classes_and_templates).mean(2)
             cmli = class_scores, class_scores
-        kinds = all_kinds(cls @ class_cls.t(), cmli, model.scales)
-        return torch.stack([kinds[kind].i2t for kind in model.kinds])
+        kinds = all_kinds(cls @ class_cls.t(), cmli, evaluator.scales)
+        return torch.stack([kinds[kind].i2t for kind in evaluator.kinds])
 
     hits = []
     targets = []
-    lost: list[Bad] = []
+    bad: list[Bad] = []
     own_pictures = share_of_rank([*range(len(pictures.rows))])
-    for numbers, cls, patches, reasons in model.images(pictures, own_pictures):
+    for numbers, cls, patches, reasons in evaluator.images(pictures, own_pictures):
         target = torch.tensor([pictures.rows[number][1] for number in numbers], dtype=torch.int64)
         hits.append(top_hits(score(cls, patches).cpu(), target))  # CPU-GPU sync
         targets.append(target)
-        lost += [(pictures.name(number), why) for number, why in reasons.items()]
-    model.module.train(was_training)
-    own_results = torch.cat(hits, 2), torch.cat(targets), lost
+        bad += [(pictures.name(number), reason) for number, reason in reasons.items()]
+    evaluator.model.train(was_training)
+    own_results = torch.cat(hits, 2), torch.cat(targets), bad
     gathered = distributed.gather_objects(own_results)  # collective
-    hits_of_ranks, targets_of_ranks, lost_of_ranks = zip(*gathered, strict=True)
+    hits_of_ranks, targets_of_ranks, bad_of_ranks = zip(*gathered, strict=True)
     all_hits = torch.cat(hits_of_ranks, 2)  # [2, K, I]
     target = torch.cat(targets_of_ranks)
-    lost = [bad for lost_of_rank in lost_of_ranks for bad in lost_of_rank]
+    bad = [*chain(*bad_of_ranks)]
     metrics = {"pictures": len(target), "classes": len(pictures.names)}
-    metrics |= left_out(len(lost), lost, len(target))
-    for k, kind in enumerate(model.kinds):
+    metrics |= left_out(len(bad), bad, len(target))
+    for k, kind in enumerate(evaluator.kinds):
         metrics |= prefixed(f"{kind}/", mean_accuracies(all_hits[:, k], target))
     return metrics | {f"chance/top{k}": min(1.0, k / len(pictures.names)) for k in TOP}

@@ -60,11 +60,11 @@ class Meter:
         return result
 
     @contextmanager
-    def timed(self, kind: str) -> Iterator[None]:
+    def timed(self, activity: str) -> Iterator[None]:
         """Time the wait for "data", or an interruption of training ("paused")."""
         started = time.monotonic()
         yield
-        self.seconds[kind] += time.monotonic() - started
+        self.seconds[activity] += time.monotonic() - started
 
     def lap(self) -> dict[str, float]:
         """Return the columns of a logged step, and begin to count anew."""

@@ -84,7 +84,7 @@ class Writer:
                     tag = tag if "/" in tag else f"train/{tag}"
                     self.events.add_scalar(tag, value, step)
         if "loss" in values:
-            self.print(self._line(step, values))
+            self.print(self._terminal_line(step, values))
         if self.on_log is not None:
             self.on_log(step, values)
 
@@ -113,8 +113,7 @@ class Writer:
                 os.truncate(path, size)
             raise
 
-    def _line(self, step: int, values: dict[str, Any]) -> str:
-        """Return the terminal's line of a logged step."""
+    def _terminal_line(self, step: int, values: dict[str, Any]) -> str:
         parts = [f"step {step}/{self.total_steps}", f"loss {values['loss']:.4f}"]
         parts += [f"{k[5:]} {v:.3f}" for k, v in values.items() if k.startswith("loss/")]
         parts += [f"lr {values['lr']:.2e}", f"{values['pairs_per_s']:g} pairs/s"]

@@ -25,7 +25,7 @@ from ds_cmli.pretrained import loading
 KEPT_POSITIONS = 20  # of texts, which are not stretched
 
 
-class Start(NamedTuple):
+class PairLossStart(NamedTuple):
     """The initial temperature of the losses over pairs, and what was done to the positions."""
 
     log_scale: float  # ln(1/temperature)
@@ -33,7 +33,7 @@ class Start(NamedTuple):
     resampled: str = ""  # the position embeddings that have another number than the source's
 
     @classmethod
-    def of(cls, model: Any, resampled: str = "") -> "Start":
+    def of(cls, model: Any, resampled: str = "") -> "PairLossStart":
         bias = getattr(model, "logit_bias", None)
         bias = None if bias is None else bias.item()
         return cls(model.logit_scale.item(), bias, resampled)
@@ -148,10 +148,10 @@ def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 def build_towers(
     config: StudentConfig, image_size: int, pretrained: bool
-) -> tuple[DualImage, DualText, Start | None]:
+) -> tuple[DualImage, DualText, PairLossStart | None]:
     """Build both towers of the source, and return what the losses over pairs start with.
 
-    `image_size`: S; `pretrained`: load the source's weights; False: random ones, and no `Start`.
+    `image_size`: S; `pretrained`: load the source's weights; False: random ones, and no start.
     """
     source_config = config.source_config
     with loading(hub=False):
@@ -168,17 +168,17 @@ def build_towers(
         if resampled:
             dual = with_positions_of(library_config, dual)
         dual.train()
-        start = Start.of(dual, resampled)
+        start = PairLossStart.of(dual, resampled)
     else:
         dual = AutoModel.from_config(library_config, dtype=torch.float32)
     return DualImage(dual, source_config, image_size), DualText(dual), start
 
 
 def load_transformers(source: ModelSource) -> Any:
-    with loading(not source.local, source.name), source.blame("its weights cannot be loaded"):
+    with loading(not source.is_local, source.name), source.blame("its weights cannot be loaded"):
         dual, keys = AutoModel.from_pretrained(
-            str(source.path) if source.local else source.name,
-            local_files_only=source.local,
+            str(source.local_folder) if source.is_local else source.name,
+            local_files_only=source.is_local,
             dtype=torch.float32,
             weights_only=True,
             trust_remote_code=False,
@@ -197,17 +197,18 @@ def resampled_positions(
     `side` of pictures and `length` of texts: the student's. Raises `UserError` if the pictures have
     no whole number of patches.
     """
-    own: JsonObject = library_settings(source, {})["data"]
+    source_data: JsonObject = library_settings(source, {})["data"]
     changes = []
-    if side != own["image_size"]:
+    if side != source_data["image_size"]:
         if side % patch:
             multiple = f"no multiple of the {patch} pixels of a patch"
             raise UserError(f"data.image_size is {side}: {multiple}")
-        before = own["image_size"] // patch
-        after = side // patch
-        changes.append(f"pictures {before} x {before} -> {after} x {after} patches (bicubic)")
-    if length != own["context_length"]:
-        changes.append(f"texts {own['context_length']} -> {length} ({text_method})")
+        rows = side // patch
+        source_rows = source_data["image_size"] // patch
+        grids = f"{source_rows} x {source_rows} -> {rows} x {rows}"
+        changes.append(f"pictures {grids} patches (bicubic)")
+    if length != source_data["context_length"]:
+        changes.append(f"texts {source_data['context_length']} -> {length} ({text_method})")
     return ", ".join(changes)
 
 

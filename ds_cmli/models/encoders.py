@@ -382,4 +382,5 @@ def layers_of(model: Any) -> list[nn.Module]:
     stacks = [stack for stack in stacks if len(stack) == num_layers]
     if not stacks:
         return [model.encoder]  # ALBERT's, whose layers share their weights
-    return list(max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters())))
+    largest = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
+    return list(largest)

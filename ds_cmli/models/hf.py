@@ -102,7 +102,7 @@ class CMLIModel(PreTrainedModel):
                 pretrained=False,
                 pad_id=config.pad_id,
             )
-            losses = {name: trained_part(name) for name, _ in config.losses}
+            losses = {name: loss_temperature(name) for name, _ in config.losses}
         self.losses = nn.ModuleDict(losses)
         self.student = student.to(precision)
         self._constants = dict(self.named_non_persistent_buffers())
@@ -166,7 +166,7 @@ class CMLIModel(PreTrainedModel):
         return CMLIOutput(combined.i2t, combined.t2i.t(), *features)
 
 
-def trained_part(name: str) -> nn.ModuleDict:
+def loss_temperature(name: str) -> nn.ModuleDict:
     loss = LOSSES[name]
     max_scale = MAX_SIGMOID_SCALE if loss.sigmoid and loss.scores == "global" else MAX_SCALE
     temperature = Temperature(1.0, 0.0 if loss.sigmoid else None, max_scale)

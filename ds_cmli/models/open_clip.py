@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ds_cmli.config.schema import StudentConfig
 from ds_cmli.config.source import ModelSource, library_settings
 from ds_cmli.files import JsonObject
-from ds_cmli.models.dual import Start, ValuePath, copied, linear, resampled_positions
+from ds_cmli.models.dual import PairLossStart, ValuePath, copied, linear, resampled_positions
 from ds_cmli.models.encoders import (
     ATTENTION_DROPOUT,
     DROPOUT,
@@ -74,8 +74,8 @@ class OpenClipText(nn.Module):
         self.model = text
         self.width = model_cfg["embed_dim"]
         self.vocab_size = text.vocab_size
-        self.of_transformers = hasattr(text, "pooler")
-        if self.of_transformers:
+        self.is_transformers = hasattr(text, "pooler")
+        if self.is_transformers:
             projection = text.proj
             self.blocks = layers_of(text.transformer)
             longest = max_text_length(text.transformer)
@@ -91,7 +91,7 @@ class OpenClipText(nn.Module):
 
     def forward(self, input_ids: Tensor, *_: object) -> Tensor:
         """Encode texts; the ids and the model decide what a token attends to."""
-        encode = self._with_transformers if self.of_transformers else self._with_open_clip
+        encode = self._with_transformers if self.is_transformers else self._with_open_clip
         tokens, pooled = encode(input_ids)
         return torch.cat([self.token_head(tokens), pooled[:, None]], 1)
 
@@ -124,48 +124,52 @@ def patch_map(visual: Any) -> list[nn.Module | Tensor | None]:
 
     As MaskCLIP (Zhou et al., 2022, arXiv 2112.01071).
     """
+    if hasattr(visual, "trunk"):
+        return timm_patch_map(visual)
     if hasattr(visual, "attnpool"):  # a ResNet's
         return [visual.attnpool.v_proj, visual.attnpool.c_proj]
-    trunk = getattr(visual, "trunk", visual)
-    pool = getattr(trunk, "attn_pool", None)
     layers: list[nn.Module | Tensor | None] = []
-    if trunk is visual:
-        if pool is not None:
-            attention = pool.attn
-            weight = attention.v_proj_weight
-            if weight is None:  # keys and values are as wide as queries
-                weight = attention.in_proj_weight
-            width = attention.embed_dim
-            value = linear(weight[-width:], attention.in_proj_bias[-width:])
-            layers = [pool.ln_k, value, attention.out_proj]
-        if pool is not None or visual.final_ln_after_pool:
-            layers.append(visual.ln_post)
-        return [*layers, visual.proj]
+    if visual.attn_pool is not None:
+        attention = visual.attn_pool.attn
+        weight = attention.v_proj_weight
+        if weight is None:  # keys and values are as wide as queries
+            weight = attention.in_proj_weight
+        width = attention.embed_dim
+        value = linear(weight[-width:], attention.in_proj_bias[-width:])
+        layers = [visual.attn_pool.ln_k, value, attention.out_proj]
+    if layers or visual.final_ln_after_pool:
+        layers.append(visual.ln_post)
+    return [*layers, visual.proj]
+
+
+def timm_patch_map(visual: Any) -> list[nn.Module | Tensor | None]:
+    """Return the same of a tower of timm."""
+    pool = getattr(visual.trunk, "attn_pool", None)
+    head = getattr(visual.trunk, "head", None)  # with `timm_proj` null it is the projection
+    layers = [getattr(visual.trunk, "fc_norm", None), getattr(head, "norm", None)]
+    layers += [getattr(head, "fc", head), visual.head]
     if pool is not None:
         _, weight = pool.kv.weight.chunk(2)
         _, bias = pool.kv.bias.chunk(2)
-        layers.append(ValuePath(linear(weight, bias), pool.proj, pool.norm, pool.mlp))
-    head = getattr(trunk, "head", None)  # with `timm_proj` null it is the projection
-    layers += [getattr(trunk, "fc_norm", None), getattr(head, "norm", None)]
-    layers += [getattr(head, "fc", head), visual.head]
+        layers.insert(0, ValuePath(linear(weight, bias), pool.proj, pool.norm, pool.mlp))
     return [part for part in layers if isinstance(part, nn.Module) and [*part.parameters()]]
 
 
 def build_towers(
     config: StudentConfig, image_size: int, pretrained: bool
-) -> tuple[OpenClipImage, OpenClipText, Start | None]:
+) -> tuple[OpenClipImage, OpenClipText, PairLossStart | None]:
     """Build both towers of the source, as `dual.build_towers`."""
     source_config = config.source_config
     source = ModelSource(config.source)
     loaded: Any = None
-    ask_hub = pretrained and not source.local
+    ask_hub = pretrained and not source.is_local
     with loading(ask_hub, name=source.name), source.blame("open_clip cannot load it"):
         model = random_model(source_config, image_size)
         if pretrained and config.source:
-            own = library_settings(source, {})["data"]
+            source_data = library_settings(source, {})["data"]
             # By these the library resamples its positions.
             options = {"force_context_length": model.context_length}
-            if image_size != own["image_size"]:
+            if image_size != source_data["image_size"]:
                 options["force_image_size"] = image_size
             name, weights = source.in_open_clip
             loaded = open_clip.create_model(
@@ -178,9 +182,9 @@ def build_towers(
     if loaded is None:
         return image, text, None
     # The table of a model of transformers has more positions than texts have tokens.
-    length = own["context_length"] if text.of_transformers else model.context_length
+    length = source_data["context_length"] if text.is_transformers else model.context_length
     resampled = resampled_positions(source, image_size, length, image.patch, "linear")
-    return image, text, Start.of(loaded, resampled)
+    return image, text, PairLossStart.of(loaded, resampled)
 
 
 def random_model(source_config: JsonObject, image_size: int) -> Any:

@@ -21,7 +21,7 @@ from ds_cmli.config.registry import IMAGE, TEXT
 from ds_cmli.config.schema import StudentConfig, TeacherConfig
 from ds_cmli.config.source import DUAL
 from ds_cmli.errors import UserError, blame
-from ds_cmli.models.dual import Start
+from ds_cmli.models.dual import PairLossStart
 from ds_cmli.models.encoders import PixelNorm
 from ds_cmli.pretrained import loading
 
@@ -74,7 +74,7 @@ class Student(nn.Module):
         False: the weights of a `student.source` are not loaded.
         """
         super().__init__()
-        self.start: Start | None = None
+        self.start: PairLossStart | None = None
         self.embed_dim = config.embed_dim
         has_source = bool(config.source_config)
         if has_source:
@@ -87,7 +87,7 @@ class Student(nn.Module):
             self.image = build_image(config, image_size)
             self.text = build_text(config, vocab_size, positions, pad_id)
             self.width = self.image.width
-        self.pixels = PixelNorm(self.image.mean, self.image.std)
+        self.normalize_pixels = PixelNorm(self.image.mean, self.image.std)
         self.grid: tuple[int, int] = self.image.grid
         self.text_head: nn.Module = nn.Identity()
         if not has_source and self.text.width != self.width:
@@ -138,7 +138,7 @@ class Student(nn.Module):
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 [B, 3, S, S] -> class tokens [B, H] and patches [B, N, H], as in `forward`."""
-        pixels = self.pixels(image, next(self.image.parameters()).dtype)
+        pixels = self.normalize_pixels(image, next(self.image.parameters()).dtype)
         x = self.image_in(self.image(pixels))  # [B, 1 + N, H]
         for block in self.shared:
             x = block(x)
@@ -231,7 +231,7 @@ class Teacher(nn.Module):
             encoder = resolve_name(IMAGE["timm"])
             options = {"block": config.block, "overrides": config.overrides}
             self.image: Any = encoder(config.model, image_size, config.weights, **options)
-        self.pixels = PixelNorm(self.image.mean, self.image.std)
+        self.normalize_pixels = PixelNorm(self.image.mean, self.image.std)
         self.grid = tuple(grid)
         self.width = self.image.width
         self.requires_grad_(False)
@@ -244,7 +244,7 @@ class Teacher(nn.Module):
     def forward(self, image: Tensor) -> Targets:
         """uint8 [B, 3, S, S] -> `Targets` in the teacher's precision."""
         dtype = next(self.image.parameters()).dtype
-        x = self.image(self.pixels(image, dtype))  # [B, 1 + N of its own grid, H_t]
+        x = self.image(self.normalize_pixels(image, dtype))  # [B, 1 + N of its own grid, H_t]
         cls = x[:, 0]
         patches = x[:, 1:]
         if self.image.grid != self.grid:

@@ -10,7 +10,7 @@ import torch
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.evaluate import measures
 from ds_cmli.evaluate.embed import Embedded, Embedding
-from ds_cmli.evaluate.pointing_game import pointing_game, quarters
+from ds_cmli.evaluate.pointing_game import pointing_game, scene_regions
 from ds_cmli.evaluate.summary import summary
 from ds_cmli.evaluate.zero_shot import ClassPictures
 from ds_cmli.scores import all_kinds
@@ -115,7 +115,7 @@ def test_a_token_of_a_scene_hits_in_the_quarter_of_its_picture():
     texts = {0: Embedding(torch.ones(1), torch.eye(16)[[5, 2, 10, 0]])}
     images = {0: Embedding(torch.ones(1), torch.eye(16))}
     embedded = Embedded(scenes, [0], images, texts, [0], {})
-    figures = pointing_game(embedded, quarters, (4, 4))
+    figures = pointing_game(embedded, scene_regions, (4, 4))
     assert figures == {"pointing_game": 2 / 3, "chance/pointing_game": 0.25, "visible": 1.0, "phrases": 3}
 
 

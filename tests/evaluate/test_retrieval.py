@@ -60,15 +60,15 @@ def test_ranks_share_the_work_and_agree_with_one_process(tmp_path, monkeypatch):
 
 def test_training_mode_and_random_numbers_stay_as_they_were():
     model, scenes = untrained()
-    for dropout in [module for module in model.module.modules() if isinstance(module, torch.nn.Dropout)]:
+    for dropout in [module for module in model.model.models() if isinstance(module, torch.nn.Dropout)]:
         dropout.p = 0.5
     expected, _ = evaluate_split(model, scenes)
-    model.module.train()
+    model.model.train()
     generator_state = torch.random.get_rng_state()
     figures, embedded = evaluate_split(model, scenes)
     assert figures == expected, "an evaluation has dropout"
     match_maps(embedded, model.tokenizer, model.student.grid, 2)
-    assert model.module.training and torch.equal(generator_state, torch.random.get_rng_state())
+    assert model.model.training and torch.equal(generator_state, torch.random.get_rng_state())
 
 
 def test_what_is_broken_is_left_out_counted_and_named(tmp_path):

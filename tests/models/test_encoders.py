@@ -61,7 +61,7 @@ def test_patches_of_feature_maps_lie_row_by_row(model):
     for row, column in ((0, 3), (3, 0), (1, 2)):
         picture = grey.clone()
         picture[:, :, row * 32 : (row + 1) * 32, column * 32 : (column + 1) * 32] = 255
-        before, after = (built.image(built.pixels(x, torch.float32))[0, 1:] for x in (grey, picture))
+        before, after = (built.image(built.normalize_pixels(x, torch.float32))[0, 1:] for x in (grey, picture))
         assert (after - before).norm(dim=1).argmax() == row * 4 + column
 
 
@@ -102,7 +102,7 @@ def test_a_teacher_ends_with_the_chosen_block():
     image = torch.randint(256, (3, 3, S, S), dtype=torch.uint8)
     model = cut.image.model
     assert len(model.blocks) == 1  # later ones are not held
-    x = model.blocks[0](model._pos_embed(model.patch_embed(cut.pixels(image, torch.float32))))
+    x = model.blocks[0](model._pos_embed(model.patch_embed(cut.normalize_pixels(image, torch.float32))))
     assert_close(cut(image).patches, torch.nn.functional.layer_norm(x[:, 1:], (32,)))
 
 

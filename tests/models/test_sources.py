@@ -21,7 +21,7 @@ from torch.testing import assert_close
 
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.registry import score_scales
-from ds_cmli.config.source import ModelSource, applied
+from ds_cmli.config.source import ModelSource, with_source_settings
 from ds_cmli.data.images import View
 from ds_cmli.data.pairs import Collate, Sample
 from ds_cmli.errors import UserError
@@ -69,7 +69,7 @@ def test_the_first_step_equals_the_source(kind, folders, begun, pictures):
     pixels = torch.stack([View.of(config.data)(picture) for picture in pictures])
     std = torch.tensor(expected.std)[:, None, None]
     # In units of a pixel value of 1, this is the rounding of the mean alone.
-    assert ((objective.student.pixels(pixels, torch.float32) - expected.pixels) * std).abs().max() < 1e-5
+    assert ((objective.student.normalize_pixels(pixels, torch.float32) - expected.pixels) * std).abs().max() < 1e-5
     batch = Collate(words)([Sample(pixels[0], words(text), 0, 0) for text in TEXTS])
     assert torch.equal(batch.input_ids, expected.ids)
     cls, patches = objective.student.image_embeddings(pixels)
@@ -227,18 +227,18 @@ def test_folders_that_both_libraries_load_are_transformers(folders, tmp_path):
 
 def test_settings_of_a_training_are_free_and_those_that_contradict_the_source_are_one_line(folders):
     chosen = {"student": {"source": str(folders("CLIP")), "freeze_image": 2}, "data": {"context_length": 16}}
-    out = applied(chosen)
+    out = with_source_settings(chosen)
     assert out["data"]["context_length"] == 16 and out["student"]["freeze_image"] == 2
     assert out["student"]["freeze_text"] == 0 and out["student"]["shared_blocks"] == 0  # whatever a preset has
     contradicting = (("student", "layers", 1), ("data", "padding", "full"), ("loss", "init_temperature", 2))
     for section, key, value in contradicting:
         line = rf"^{section}.{key} is {value!r}: [^\n]*student.source [^\n]*: leave it out$"
         with pytest.raises(UserError, match=line):
-            applied({**chosen, section: {**chosen.get(section, {}), key: value}})
+            with_source_settings({**chosen, section: {**chosen.get(section, {}), key: value}})
     with pytest.raises(UserError, match=r"^data.context_length is 16"):  # SigLIP attends to its padding
-        applied({**chosen, "student": {"source": str(folders("SigLIP"))}})
+        with_source_settings({**chosen, "student": {"source": str(folders("SigLIP"))}})
     with pytest.raises(UserError, match="source_config is filled"):
-        applied({"student": {"source_config": {}}})
+        with_source_settings({"student": {"source_config": {}}})
 
 
 def test_a_tokenizer_of_more_tokens_than_the_text_tower_has_is_one_line(folders):
