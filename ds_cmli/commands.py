@@ -24,9 +24,8 @@ def print_line(*lines: str | None) -> None:
 
 def noun(number: int, singular: str) -> str:
     """Return the noun that follows a number: "pair" or "pairs", "class" or "classes"."""
-    if number == 1:
-        return singular
-    return singular + ("es" if singular.endswith("s") else "s")
+    plural = f"{singular}es" if singular.endswith("s") else f"{singular}s"
+    return singular if number == 1 else plural
 
 
 def prints() -> bool:

@@ -39,7 +39,6 @@ TENSOR_NAMES = {
     "siglip": {"text_model.head": TEXT_HEAD, **TOWERS},
     "open_clip": {"visual": "student.image.model"},
 }
-WEIGHT_FILES = {"open_clip": "open_clip_model.safetensors"}  # where not as transformers names it
 
 
 @click.command()
@@ -96,7 +95,8 @@ def command(
                 length = max(tokenizer.model_max_length, config.data.context_length)
                 tokenizer.model_max_length = length
                 tokenizer.save_pretrained(target)
-        write_weights(weights, target / WEIGHT_FILES.get(str(library), hf.WEIGHTS))
+        file = "open_clip_model.safetensors" if library == "open_clip" else hf.WEIGHTS
+        write_weights(weights, target / file)
         text = readme(config, target.resolve().name, description, library)
         (target / "README.md").write_text(text, errors="backslashreplace")
         for path in target.iterdir():
@@ -237,10 +237,7 @@ def write_transformers(folder: Path, config: Config) -> Any:
 
 
 def write_open_clip(folder: Path, config: Config) -> Any:
-    """Write all but the weights and the tokenizer of a model of open_clip.
-
-    Returns the model, without a CoCa's decoder.
-    """
+    """Write a model of open_clip, as `write_transformers`; of a CoCa the two towers alone."""
     from open_clip import create_model
 
     source_config = config.student.source_config

@@ -29,11 +29,11 @@ def settings_to_keep(config: Config, ds_config: Section, data: Section | None = 
     return json.loads(json.dumps(sections))
 
 
-def setting_changes(old_settings: Section, new_settings: Section, path: str = "") -> Iterator[str]:
+def setting_changes(saved: Section, current: Section, path: str = "") -> Iterator[str]:
     """Yield a line for each change, as "optim.lr: 0.001 -> 0.002"."""
-    for key in sorted({*old_settings, *new_settings}):
-        old = old_settings.get(key)
-        new = new_settings.get(key)
+    for key in sorted({*saved, *current}):
+        old = saved.get(key)
+        new = current.get(key)
         if path == "sources." and isinstance(old, dict) and isinstance(new, dict):
             # An earlier version of the program recorded less of the data.
             new = {name: value for name, value in new.items() if name in old}

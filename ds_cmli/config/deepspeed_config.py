@@ -19,7 +19,6 @@ from ds_cmli.files import JsonObject, Section
 from ds_cmli.libraries import importing
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-LOGS = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "log_level")
 # Keys of DeepSpeed that training does not use: left out where they ask for nothing.
 UNUSED_KEYS = words("""
     aio autotuning compile compression_training curriculum_learning data_efficiency

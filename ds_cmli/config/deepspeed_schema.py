@@ -25,7 +25,7 @@ from ds_cmli.config.messages import choice, setting_of_error, words
 from ds_cmli.errors import UserError, blame, nearest
 from ds_cmli.files import JsonObject, Section
 
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+SCHEMA = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 NOTHING: tuple[object, ...] = (None, False, {}, {"enabled": False})
 ADAMS = ("adam", "adamw")
 # DeepSpeed's universal checkpoint holds this state of an optimizer: that of Adam, AdamW, RAdam.
@@ -63,7 +63,7 @@ AutoNorm = Annotated[Annotated[float, Field(ge=0)], Auto]
 
 
 class JsonSection(BaseModel):
-    model_config = STRICT
+    model_config = SCHEMA
     # DeepSpeed's own models leave out "auto" and convert values when they are built.
     __init__ = BaseModel.__init__  # type: ignore[assignment]
 
@@ -225,7 +225,7 @@ def named_class(section: str, name: str) -> Any:
 def parameters_model(section: str, library_class: Any) -> type[BaseModel]:
     """Return the model of an optimizer's or a schedule's parameters, by its signature."""
     hints = get_type_hints(library_class.__init__)
-    # What is optimized comes first.
+    # The first one is what is optimized.
     _, *parameters = inspect.signature(library_class).parameters.values()
     fields: dict[str, Any] = {}
     for parameter in parameters:
@@ -243,7 +243,7 @@ def parameters_model(section: str, library_class: Any) -> type[BaseModel]:
         fields["warmup_type"] = (Literal["log", "linear"], None)
     if library_class is torch.optim.AdamW:  # DeepSpeed takes these out before it builds one
         fields |= {"torch_adam": (bool, None), "adam_w_mode": (bool, None)}
-    return create_model(library_class.__name__, __config__=STRICT, **fields)
+    return create_model(library_class.__name__, __config__=SCHEMA, **fields)
 
 
 def check_parameters(optimizer: JsonObject, scheduler: JsonObject | None) -> None:

@@ -20,8 +20,8 @@ from ds_cmli.errors import UserError, blame
 DEFAULT_JSON = Path(__file__).with_name("ds_configs") / "zero2.json"
 
 # The settings that `--init random` sets, unless they are given.
-WEIGHTS = ("student.image_weights", "student.text_weights", "teacher.weights")
-RANDOM = dict.fromkeys(WEIGHTS, "random") | {"data.tokenizer": "builtin"}
+WEIGHT_SETTINGS = ("student.image_weights", "student.text_weights", "teacher.weights")
+RANDOM = dict.fromkeys(WEIGHT_SETTINGS, "random") | {"data.tokenizer": "builtin"}
 
 
 def parse_losses(text: str) -> dict[str, float]:
@@ -104,10 +104,7 @@ OPTIONS = (
 
 
 class ConfigCommand(click.Command):
-    """A command with these options.
-
-    Those of settings arrive as one argument, `settings`: {section: {setting: value}}.
-    """
+    """A command with these options, which passes `settings` as {section: {setting: value}}."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -43,10 +43,10 @@ Names = Annotated[list[Name], Field(min_length=1)]
 Number = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
 Count = Annotated[int, Field(ge=1, le=MAX_NUMBER)]
 Positive = Annotated[float, Field(gt=0, le=MAX_NUMBER)]
-NotNegative = Annotated[float, Field(ge=0, le=MAX_NUMBER, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, le=MAX_NUMBER)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
-Temperature = Annotated[float, Field(ge=0.01, le=10)]
+ShareAboveZero = Annotated[float, Field(gt=0, le=1)]
+InitTemperature = Annotated[float, Field(ge=0.01, le=10)]
 
 
 @dataclass(config=STRICT)
@@ -150,7 +150,7 @@ class DataConfig:
     """Copy local tars to this node too, for a slow shared disk."""
     cache_gb: Positive = 100.0
     """The most GB of copied tars on a node, in DS_CMLI_CACHE."""
-    augmentation: dict[AugmentationName, Share] = Field(default_factory=dict)
+    augmentation: dict[AugmentationName, ShareAboveZero] = Field(default_factory=dict)
     """Transforms of training pictures: the smallest share of the area that a crop keeps, the
     probability of a flip (captions may name left and right), the change of colours."""
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
@@ -175,9 +175,9 @@ class LossConfig:
     """The weight of patches, (7), in the mean (10) of docs/method.md; 0: off."""
     target_text_weight: NotNegative = 1.0
     """The weight of tokens, (9), in the mean (10) of docs/method.md; 0: off."""
-    init_temperature: Temperature = 0.07
+    init_temperature: InitTemperature = 0.07
     """The global loss's temperature at the start."""
-    cmli_init_temperature: Temperature = 0.02
+    cmli_init_temperature: InitTemperature = 0.02
     """CMLI's temperature at the start: its means of maxima vary less."""
     init_bias: Annotated[float, Field(ge=-100, le=100)] | None = None
     """The sigmoid losses' bias at the start; null: the authors' -10, and -14 for `cmli_sigmoid`.

@@ -157,7 +157,8 @@ class ModelSource:
         """Return `model_cfg` and `preprocess_cfg` of an architecture that the package has."""
         import open_clip
 
-        architecture, weights = map(str, self.in_open_clip)
+        architecture, weights = self.in_open_clip
+        assert weights is not None  # of an architecture it is a text
         setting = f"student.source is {self.name!r}: its"
         choice(f"{setting} architecture", architecture, open_clip.list_models())
         model_cfg = open_clip.get_model_config(architecture)
@@ -387,9 +388,8 @@ def _open_clip_tokenizer(source: ModelSource, text: Any) -> str:
     if not (text.hf_tokenizer_name or text.tokenizer_kwargs):
         return DEFAULT_TOKENIZER
     name, _ = source.in_open_clip
-    if source.name.startswith(ARCHITECTURE_PREFIX):
-        return f"{ARCHITECTURE_PREFIX}{name}"
-    return name
+    prefix = ARCHITECTURE_PREFIX if source.name.startswith(ARCHITECTURE_PREFIX) else ""
+    return f"{prefix}{name}"
 
 
 def _number(chosen: Section, key: str, usual: int) -> int:

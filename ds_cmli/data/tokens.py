@@ -9,12 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Regex, Tokenizer, normalizers, processors
 
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.config.source import (
-    ARCHITECTURE_PREFIX,
-    DEFAULT_TOKENIZER,
-    LOCAL_PREFIX,
-    is_marked,
-)
+from ds_cmli.config.source import ARCHITECTURE_PREFIX, DEFAULT_TOKENIZER, LOCAL_PREFIX, is_marked
 from ds_cmli.data import assets
 from ds_cmli.errors import UserError, blame
 from ds_cmli.pretrained import loading

@@ -14,7 +14,7 @@ import torch
 from ds_cmli import scopes
 from ds_cmli.cmli import exchange
 from ds_cmli.commands import print_line
-from ds_cmli.config.deepspeed_config import LOGS, DeepSpeedConfig
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import LOSSES
 from ds_cmli.config.schema import Config, StudentConfig
 from ds_cmli.config.source import ModelSource
@@ -40,6 +40,9 @@ from ds_cmli.models.student import Student, Teacher
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+# Keys of the DeepSpeed JSON that ask for lines of its log.
+LOGS = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "log_level")
 
 
 def build_models(

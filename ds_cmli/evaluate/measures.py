@@ -12,9 +12,9 @@ TOP = (1, 5)
 
 
 def expected_hits(counts: Tensor, k: int) -> Tensor:
-    """Return the probability that a right candidate is among the first k.
+    """Return the probability of a right candidate among the first k: [.., 3] -> [..].
 
-    [.., 3], as of `count_candidates` -> [..].
+    `counts` are those of `count_candidates`.
     """
     above, tied, right = counts.unbind(-1)
     miss = torch.ones_like(above)

@@ -83,14 +83,10 @@ def recalls_of_kinds(evaluator: Evaluator, embedded: Embedded) -> dict[str, dict
 def score_own_pairs(
     evaluator: Evaluator, embedded: Embedded, blocks: list[list[int]]
 ) -> tuple[Tensor, list[list[Tensor]]]:
-    """Score this rank's pictures with their own captions, block by block, before all others.
+    """Score each block of this rank's pictures with their own captions, before all others.
 
-    They are scored as later, among all pairs of their block, so that a score is bitwise equal to
-    itself.
-
-    Returns:
-        The best score of each picture, [K, number of rows, 1], -inf on other ranks than its own;
-        and of each block captions, int64 [t], their scores, [K, 1, t], and texts; or nothing.
+    The scores are those that follow, to the bit. Returns the best one of each picture, [K, J, 1],
+    -inf if another rank's, and by block captions, int64 [t], their scores, [K, 1, t], and texts.
     """
     captions_of_picture: dict[int, list[int]] = defaultdict(list)
     for caption in embedded.texts:

@@ -128,6 +128,21 @@ class Writer:
             parts.append(f"{minutes}m{seconds:02}s left")
         return "  ".join(parts)
 
+    @contextmanager
+    def _warned(self, name: str) -> Iterator[None]:
+        """Turn an error of writing inside into the run's one warning about it."""
+        try:
+            yield
+        except OSError as error:
+            if name != METRICS:
+                self.events = NullWriter()  # the thread that writes it has ended
+            if not self.has_warned:
+                self.print(
+                    f"warning: {name} cannot be written ({error.strerror or one_line(error)}): "
+                    "the run goes on without what it logs meanwhile"
+                )
+            self.has_warned = True
+
     def _open_events(self, step: int) -> None:
         """Open TensorBoard's file for the steps from `step` on, unless it is open."""
         if isinstance(self.events, NullWriter):
@@ -143,21 +158,6 @@ class Writer:
         is_tensorboard = type(error.thread).__module__.startswith("tensorboard.")
         if not (is_tensorboard and isinstance(error.exc_value, OSError)):
             self.previous_hook(error)
-
-    @contextmanager
-    def _warned(self, name: str) -> Iterator[None]:
-        """Turn an error of writing inside into the run's one warning about it."""
-        try:
-            yield
-        except OSError as error:
-            if name != METRICS:
-                self.events = NullWriter()  # the thread that writes it has ended
-            if not self.has_warned:
-                self.print(
-                    f"warning: {name} cannot be written ({error.strerror or one_line(error)}): "
-                    "the run goes on without what it logs meanwhile"
-                )
-            self.has_warned = True
 
 
 class NullWriter:

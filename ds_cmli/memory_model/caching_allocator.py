@@ -77,11 +77,7 @@ class Block:
     def split(self, size: int) -> "Block":
         """Keep `size` bytes. Return the remainder, which is the block after it."""
         remainder = Block(
-            self.segment,
-            self.address + size,
-            self.size - size,
-            before=self,
-            after=self.after,
+            self.segment, self.address + size, self.size - size, before=self, after=self.after
         )
         if remainder.after is not None:
             remainder.after.before = remainder

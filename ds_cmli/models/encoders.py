@@ -296,8 +296,7 @@ def text_config(
     # No dropout inside the attention: CPUs have no fused attention kernel with dropout.
     rates = {key: 0.0 for key in ATTENTION_DROPOUT if key in values}
     rates |= {key: dropout for key in DROPOUT if key in values}
-    # Build it anew, because some classes compute fields from others. A family's values are left
-    # out, because they may be computed.
+    # Build it anew, and not from computed values: some classes compute fields from others.
     base = values if published else {}
     config = config_class(**base | rates | {"use_cache": False} | fields)
     depth = config.num_hidden_layers
@@ -311,10 +310,7 @@ def text_config(
 
 
 def changed_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the fields with which `text_config` builds this configuration again.
-
-    Those of the tokenizer and of dropout are left out.
-    """
+    """Return the fields with which `text_config` builds it again, but tokenizer's and dropout's."""
     usual = type(config)().to_dict()
     values = config.to_dict()
     common = inspect.signature(PreTrainedConfig).parameters.keys() - {"chunk_size_feed_forward"}

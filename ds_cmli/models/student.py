@@ -232,7 +232,7 @@ class Teacher(nn.Module):
             options = {"block": config.block, "overrides": config.overrides}
             self.image: Any = encoder(config.model, image_size, config.weights, **options)
         self.normalize_pixels = PixelNorm(self.image.mean, self.image.std)
-        self.grid = tuple(grid)
+        self.grid = grid
         self.width = self.image.width
         self.requires_grad_(False)
         self.eval()

@@ -39,7 +39,7 @@ def test_pictures_of_another_size_have_the_features_of_the_librarys_own_resize(k
     side = patches * patch
     student = start(folders(kind), data={"image_size": side})[0].student
     images = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8)
-    wanted = resized_by_the_library(folders(kind), side)(student.pixels(images, torch.float32))
+    wanted = resized_by_the_library(folders(kind), side)(student.normalize_pixels(images, torch.float32))
     cls, features = student.image_embeddings(images)
     assert_close(cls, F.normalize(wanted), rtol=0, atol=1e-6)
     assert student.grid == (patches, patches) and features.shape[1] == patches**2
