@@ -60,7 +60,7 @@ def test_ranks_share_the_work_and_agree_with_one_process(tmp_path, monkeypatch):
 
 def test_training_mode_and_random_numbers_stay_as_they_were():
     model, scenes = untrained()
-    for dropout in [module for module in model.model.models() if isinstance(module, torch.nn.Dropout)]:
+    for dropout in [module for module in model.model.modules() if isinstance(module, torch.nn.Dropout)]:
         dropout.p = 0.5
     expected, _ = evaluate_split(model, scenes)
     model.model.train()
