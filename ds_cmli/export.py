@@ -95,8 +95,8 @@ def command(
                 length = max(tokenizer.model_max_length, config.data.context_length)
                 tokenizer.model_max_length = length
                 tokenizer.save_pretrained(target)
-        file = "open_clip_model.safetensors" if library == "open_clip" else hf.WEIGHTS
-        write_weights(weights, target / file)
+        name = "open_clip_model.safetensors" if library == "open_clip" else hf.WEIGHTS
+        write_weights(weights, target / name)
         text = readme(config, target.resolve().name, description, library)
         (target / "README.md").write_text(text, errors="backslashreplace")
         for path in target.iterdir():

@@ -12,10 +12,7 @@ TOP = (1, 5)
 
 
 def expected_hits(counts: Tensor, k: int) -> Tensor:
-    """Return the probability of a right candidate among the first k: [.., 3] -> [..].
-
-    `counts` are those of `count_candidates`.
-    """
+    """Return the probability that a right one is among the first k, by `count_candidates`."""
     above, tied, right = counts.unbind(-1)
     miss = torch.ones_like(above)
     # The places after `above` go one by one to tied candidates, drawn at random.

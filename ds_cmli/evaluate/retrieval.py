@@ -73,8 +73,7 @@ def recalls_of_kinds(evaluator: Evaluator, embedded: Embedded) -> dict[str, dict
                 t2i_counts[:, captions] += measures.count_candidates(t2i, best_images, is_right, 1)
     distributed.sum_over_ranks(i2t_counts)  # collective
     distributed.sum_over_ranks(t2i_counts)  # collective
-    used_pictures = torch.tensor(embedded.image_of)[embedded.captions].unique()
-    i2t_counts = i2t_counts[:, used_pictures]
+    i2t_counts = i2t_counts[:, torch.tensor(embedded.image_of)[embedded.captions].unique()]
     counts_of_kinds = zip(i2t_counts, t2i_counts[:, embedded.captions], strict=True)
     recalls = starmap(measures.mean_recalls, counts_of_kinds)
     return dict(zip(evaluator.kinds, recalls, strict=True))
