@@ -115,7 +115,7 @@ class Run:
             state.micro_batches += len(step_losses)
             return
         state.skipped_in_row += 1
-        self.writer.print(nonfinite.line(state.step, skipped_samples))
+        self.writer.print(nonfinite.skipped_line(state.step, skipped_samples))
         self.writer.log(state.step, {"skipped": skipped_samples})
         if state.skipped_in_row > MAX_SKIPPED_IN_ROW:
             # The weights are those from before the first of these steps.
@@ -135,7 +135,8 @@ class Run:
         state = self.state
         micro_batch_pairs = self.sampler.global_batch  # of all ranks
         local_means = state.sums / max(1, state.micro_batches)
-        means = distributed.mean_over_ranks(local_means).tolist()  # collective, CPU-GPU sync
+        sums = distributed.sum_over_ranks(local_means)  # collective
+        means = (sums / distributed.world_size()).tolist()  # CPU-GPU sync
         pairs_so_far = state.step * self.engine.accumulation * micro_batch_pairs
         num_bad = distributed.sum_over_ranks(torch.tensor(self.bad_samples.count))  # collective
         if self.bad_samples.are_too_many(int(num_bad), pairs_so_far):
@@ -186,7 +187,7 @@ class Run:
             settings.eval_batch,
             workers=self.config.data.workers,
             heartbeat=self.poll,
-            worker_init=preemption.shield,
+            worker_init=preemption.block_signals,
         )
         # The name and the metrics of the first split of each task.
         first_results: dict[str, tuple[str, Metrics]] = {}

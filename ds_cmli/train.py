@@ -91,7 +91,7 @@ def refuse_contradictions(
         )
     if config.optim.steps is not None:
         # Called only to raise: no profile is left out before the first step.
-        profiles.left(config.optim.steps, 0, lambda line: None)
+        profiles.still_possible(config.optim.steps, 0)
     with blame(f"--output-dir is {config.run.output_dir!r}"):
         has_checkpoints = (Path(config.run.output_dir) / "checkpoint").exists()
     if resume_from == "auto" and not has_checkpoints:
@@ -145,7 +145,7 @@ def train(
         if has_ended and start.is_whole():  # collective
             return 0, folder
         state = start.state
-        profiles = profiles.left(total_steps, state.step, print_line)
+        profiles = profiles.still_possible(total_steps, state.step)
 
         # --- the engine; an ended run builds it only if files that follow from its end are missing
         chosen = engines.resolve_backend(config, ds_config, device)  # collective
@@ -249,7 +249,7 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
     state = run.state
     workers = run.config.data.workers
     loading = loader(
-        run.data.train, run.data.collate, workers, preemption.shield, batch_sampler=run.sampler
+        run.data.train, run.data.collate, workers, preemption.block_signals, batch_sampler=run.sampler
     )
     batches = iter(loading)
     save_due = state.step == run.total_steps  # the run was stopped in its last evaluation

@@ -37,7 +37,7 @@ def load_checkpoint(
     """Load a verified checkpoint into the engine. Collective.
 
     Args:
-        settings: those of this start, as `settings_to_keep` returns them.
+        settings: the settings of this start, as `settings_to_keep` returns them.
         changed: whether the optimizer and the schedule keep the settings of this start.
 
     Raises `UserError` if the checkpoint does not fit the engine.
@@ -62,14 +62,14 @@ def load_checkpoint(
         load_averages(checkpoint / AVERAGE, train_engine)
 
 
-def is_resharded(saved: TrainState, settings: JsonObject) -> bool:
+def is_resharded(saved_state: TrainState, settings: JsonObject) -> bool:
     """Return True if weights and moments are partitioned otherwise than by these settings."""
 
     def layout(deepspeed_json: Section) -> JsonObject:
         return {key: x for key, x in deepspeed_json.items() if LAYOUT_SECTIONS.match(key)}
 
-    has_other_layout = layout(saved.config["deepspeed"]) != layout(settings["deepspeed"])
-    return has_other_layout or saved.world_size != distributed.world_size()
+    has_other_layout = layout(saved_state.config["deepspeed"]) != layout(settings["deepspeed"])
+    return has_other_layout or saved_state.world_size != distributed.world_size()
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def _settings_kept(train_engine: TrainEngine) -> Iterator[None]:
     """Keep this start's rates, weight decay and schedule, which loading inside overwrites."""
     optimizer = train_engine.engine.optimizer
     scheduler = train_engine.engine.lr_scheduler
-    own_groups = [
+    start_groups = [
         {key: value for key, value in group.items() if key not in ("params", "lr")}
         for group in optimizer.param_groups
     ]
@@ -86,6 +86,6 @@ def _settings_kept(train_engine: TrainEngine) -> Iterator[None]:
     yield
     vars(scheduler).update(schedule)
     rates = scheduler.get_lr()
-    for group, own_group, rate in zip(optimizer.param_groups, own_groups, rates, strict=True):
-        group.update(own_group)
+    for group, start_group, rate in zip(optimizer.param_groups, start_groups, rates, strict=True):
+        group.update(start_group)
         group["lr"] = rate

@@ -5,8 +5,8 @@ process does not run any more on this node, if another node's has not touched it
 or if the holder is an earlier start of the same job.
 
 Looking at the file and replacing it are one action: a lock of filelock beside it, held for that
-time alone, lets no second start in between. It is flock's, over NFS too, or an exclusively created
-file where the file system has no flock.
+time alone, lets no second start in between. filelock uses flock, also over NFS, or an exclusively
+created file if the file system has no flock.
 """
 
 import itertools
@@ -43,18 +43,18 @@ def run_folder(config: Config, resume: str) -> Iterator[Path]:
 
     A new folder is removed at the end if it is empty. Raises `UserError` if another run holds it.
     """
-    named = config.run.output_dir
-    if not named and resume not in ("auto", "never"):
-        named = str(root_of(resume).parent)  # of the run in `--resume PATH`
-    base = Path(named or f"runs/{config.run.preset}-{datetime.now():%Y%m%d-%H%M%S}")
+    output_dir = config.run.output_dir
+    if not output_dir and resume not in ("auto", "never"):
+        output_dir = str(root_of(resume).parent)  # of the run in `--resume PATH`
+    base = Path(output_dir or f"runs/{config.run.preset}-{datetime.now():%Y%m%d-%H%M%S}")
     folder = base
-    new: list[Path] = []
+    made_folders: list[Path] = []
     with written_together(base):  # collective
         if distributed.is_main():
             numbers = itertools.count(2)
-            while not named and folder.exists():  # of another start in this second
+            while not output_dir and folder.exists():  # of another start in this second
                 folder = base.with_name(f"{base.name}.{next(numbers)}")
-            new += [path for path in (folder, *folder.parents) if not path.exists()]
+            made_folders += [path for path in (folder, *folder.parents) if not path.exists()]
             folder.mkdir(parents=True, exist_ok=True)
     try:
         folder = distributed.broadcast_object(folder)  # collective
@@ -62,7 +62,7 @@ def run_folder(config: Config, resume: str) -> Iterator[Path]:
             yield folder
     finally:
         with suppress(OSError):
-            for path in new:
+            for path in made_folders:
                 path.rmdir()
 
 
@@ -90,14 +90,14 @@ class Holder:
             return cls(**read_json(path))
         return None
 
-    def runs(self, start: "Holder", age: float) -> bool:
-        """Return True if this holder goes on beside `start`, `age` seconds after its last touch."""
+    def is_running(self, start: "Holder", seconds_since_touch: float) -> bool:
+        """Return True if this holder still runs, as far as `start` can tell."""
         job, restart = self.job
         start_job, start_restart = start.job
         if job is not None and job == start_job and restart != start_restart:
             return False  # an earlier start of the same job, which its scheduler has ended
         if self.host != start.host:
-            return age < LEASE_SECONDS
+            return seconds_since_touch < LEASE_SECONDS
         try:
             process = psutil.Process(self.pid)
             is_dead = process.status() == psutil.STATUS_ZOMBIE  # nobody has waited for it yet
@@ -116,18 +116,18 @@ def run_lock(folder: Path) -> Iterator[None]:
     holder = Holder.of_this_process()
     released = threading.Event()
 
-    def touch_lock(file_number: int) -> None:
+    def touch_lock(descriptor: int) -> None:
         while not released.wait(LOCK_TOUCH_SECONDS):
             with suppress(OSError):
-                os.utime(file_number)
-        os.close(file_number)
+                os.utime(descriptor)
+        os.close(descriptor)
 
     with written_together(folder):  # collective
         if distributed.is_main():
             _take(path, holder)
-            # By its number the file is this holder's, also after another start has replaced it.
-            file_number = os.open(path, os.O_RDWR)
-            threading.Thread(target=touch_lock, args=[file_number], daemon=True).start()
+            # By its descriptor the file is this holder's, also after another start has replaced it.
+            descriptor = os.open(path, os.O_RDWR)
+            threading.Thread(target=touch_lock, args=[descriptor], daemon=True).start()
     try:
         with distributed.raised_together():  # collective
             if not path.exists():
@@ -139,7 +139,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     finally:
         released.set()
         if distributed.is_main():
-            with suppress(OSError), _no_other_start(path):
+            with suppress(OSError), _exclusive(path):
                 if Holder.read(path) == holder:  # otherwise another start has taken it over
                     path.unlink()
 
@@ -153,8 +153,8 @@ def written_together(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _no_other_start(path: Path) -> Iterator[None]:
-    """Look at the lock `path`, and change it, inside."""
+def _exclusive(path: Path) -> Iterator[None]:
+    """Keep other starts from reading or replacing the lock `path` inside."""
     guard = path.with_name(path.name + ".guard")
     with FileLock(guard, timeout=LEASE_SECONDS):
         try:
@@ -164,23 +164,23 @@ def _no_other_start(path: Path) -> Iterator[None]:
             guard.unlink(missing_ok=True)
 
 
-def _take(path: Path, start: Holder) -> None:
+def _take(path: Path, holder: Holder) -> None:
     """Write the lock of this start. Raises `UserError` if another run holds the folder."""
-    with _no_other_start(path):
+    with _exclusive(path):
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is no file: remove it, or give another --output-dir")
-        holder = Holder.read(path)
-        if holder is not None:
+        previous = Holder.read(path)
+        if previous is not None:
             age = time.time() - path.stat().st_mtime
-            if holder.runs(start, age):
+            if previous.is_running(holder, age):
                 raise UserError(
-                    f"--output-dir is {str(path.parent)!r}: in use by process {holder.pid} on "
-                    f"{holder.host}, which gave a sign {age:.0f} s ago: give another"
+                    f"--output-dir is {str(path.parent)!r}: in use by process {previous.pid} on "
+                    f"{previous.host}, which gave a sign {age:.0f} s ago: give another"
                 )
-        # A new file: the one that was here is still touched by its number if its holder lives on.
+        # A new file: a holder that lives on still touches the old one by its descriptor.
         path.unlink(missing_ok=True)
         try:
-            path.write_text(json.dumps(asdict(start)))
+            path.write_text(json.dumps(asdict(holder)))
         except OSError:  # the disk is full
             path.unlink(missing_ok=True)
             raise

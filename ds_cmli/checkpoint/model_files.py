@@ -33,18 +33,19 @@ def write_models(
     """Write the student and its averages, still to be published by `publish_models`. Collective.
 
     Args:
-        is_best: whether what evaluations are of, the averages if there are any, is also the best.
-        checkpoint: gets the averages as the engine has them, without those of frozen weights.
+        is_best: also write the best file: the averages if there are any, else the weights.
+        checkpoint: the folder of a checkpoint, which gets the averages of the trained weights.
 
     Returns:
         The names of the files and their SHA-256, None after an error and on other ranks than 0.
     """
-    as_master_weights: dict[str, AbstractContextManager[None]] = {WEIGHTS: nullcontext()}
+    # By file name: the context in which the weights to write are the master weights.
+    swaps: dict[str, AbstractContextManager[None]] = {WEIGHTS: nullcontext()}
     if engine.ema is not None:
-        as_master_weights[AVERAGE] = engine.ema.as_master_weights()
+        swaps[AVERAGE] = engine.ema.as_master_weights()
     # One after the other, so that one of them is on the host at a time.
-    for name, exchanged in as_master_weights.items():
-        with exchanged:
+    for name, swap in swaps.items():
+        with swap:
             weights = collect_weights(engine)  # collectives
             if not distributed.is_main():
                 continue
@@ -58,9 +59,10 @@ def write_models(
             if name == AVERAGE and checkpoint is not None:
                 trained = {key: value for key, value in weights.items() if key not in engine.frozen}
                 writer.write(checkpoint / AVERAGE, partial(write_weights, trained))
-    digests = {name: writer.take_digest(name + WRITING) for name in as_master_weights}
+    digests = {name: writer.take_digest(name + WRITING) for name in swaps}
     if is_best and distributed.is_main():
-        evaluated = folder / ([*as_master_weights][-1] + WRITING)
+        evaluated_name = WEIGHTS if engine.ema is None else AVERAGE
+        evaluated = folder / (evaluated_name + WRITING)
         writer.write(folder / (BEST + WRITING), partial(shutil.copyfile, evaluated))
         writer.take_digest(BEST + WRITING)
     return digests
@@ -90,5 +92,6 @@ def make_models(engine: TrainEngine, folder: Path, names: list[str], checkpoint:
         if writer.error is not None:
             raise OSError(writer.error)
         if distributed.is_main():
+            # From an older checkpoint only BEST is made; its other files are not the newest ones.
             publish_models(folder, [BEST] if names == [BEST] else (WEIGHTS, AVERAGE, BEST))
             remove_incomplete(folder)

@@ -8,9 +8,9 @@ The order of publishing:
    new checkpoint, `model.best.safetensors` if its evaluation is the best one.
 4. Old checkpoints are removed.
 
-`state.json` has the SHA-256 of the files of 3. A start makes the files anew from the newest
-checkpoint if they are others (`checkpoint/start.py`), so a kill between two of these steps loses
-nothing. transformers loads the files with those that `models/hf.py` writes.
+`state.json` has the SHA-256 of the files of 3. After a kill between two of these steps, the next
+start makes files with another SHA-256 again from the newest checkpoint (`checkpoint/start.py`).
+Nothing is lost.
 """
 
 import json
@@ -43,7 +43,7 @@ class Checkpoints:
     folder: Path
     engine: TrainEngine
     settings: RunConfig
-    saved: tuple[int, bool]  # step and whether it was evaluated, of the last one or of the start
+    saved_position: tuple[int, bool]  # step and `evaluated`, of the last one or of the start
     saved_at: float = field(default_factory=time.monotonic)
     error: str | None = None  # why the last one could not be written
     # Name and SHA-256 of the weights that are not trained.
@@ -60,7 +60,7 @@ class Checkpoints:
 
     def holds(self, state: TrainState) -> bool:
         """Return True if `state` is that of the last checkpoint, or that of the start."""
-        return self.saved == (state.step, state.evaluated)
+        return self.saved_position == (state.step, state.evaluated)
 
     def save(self, state: TrainState) -> str:
         """Write and publish a checkpoint, and return the line that tells of it. Collective.
@@ -91,9 +91,9 @@ class Checkpoints:
         self.saved_at = time.monotonic()
         if self.error is not None:
             has_older = storage.checkpoint_steps(root)
-            kept = "the one before stays" if has_older else "there is none before"
-            return f"warning: no checkpoint at step {state.step}, {kept}: {self.error}"
-        self.saved = (state.step, state.evaluated)
+            remainder = "the one before stays" if has_older else "there is none before"
+            return f"warning: no checkpoint at step {state.step}, {remainder}: {self.error}"
+        self.saved_position = (state.step, state.evaluated)
         num_bytes = 0
         if distributed.is_main():
             num_bytes = sum(path.stat().st_size for path in (root / name).iterdir())
@@ -104,7 +104,7 @@ class Checkpoints:
         """Collective."""
         engine = self.engine.engine
         engine.checkpoint_engine = writer
-        # DeepSpeed would copy a script into each checkpoint that writes the weights.
+        # DeepSpeed would copy its script that converts the weights into each checkpoint.
         engine._copy_recovery_script = lambda path: None
         writer.attempt(lambda: checkpoint.mkdir(parents=True, exist_ok=True))
         engine.save_checkpoint(  # collectives
@@ -113,7 +113,7 @@ class Checkpoints:
             save_latest=False,
             exclude_frozen_parameters=True,
         )
-        writer.save(state.of_rank(), checkpoint / f"rank-{distributed.rank()}.pt")  # CPU-GPU sync
+        writer.save(state.rank_part(), checkpoint / f"rank-{distributed.rank()}.pt")  # CPU-GPU sync
         keeps_best = self.settings.keep_best and state.is_best
         state.models = write_models(  # collectives
             self.engine, self.folder, writer, keeps_best, checkpoint
@@ -129,7 +129,7 @@ class Checkpoints:
                 name = f"frozen-{digest[:12]}.safetensors"
                 writer.attempt(lambda: os.replace(path, path.with_name(name)))
                 self.frozen = {f"../{name}": digest}
-        text = json.dumps(state.shared(), indent=1)
+        text = json.dumps(state.shared_part(), indent=1)
         writer.write(checkpoint / STATE, lambda path: path.write_text(text))
 
     def _publish(self, name: str, state: TrainState, digests: dict[str, str | None]) -> None:
@@ -143,24 +143,24 @@ class Checkpoints:
         storage.publish(root / storage.LATEST, name.encode())
         publish_models(self.folder)
 
-        kept = {root / name, *previous[: self.settings.keep - 1]}
+        kept_checkpoints = {root / name, *previous[: self.settings.keep - 1]}
         steps = storage.checkpoint_steps(root)
         if self.settings.keep_best and not state.is_best:
             best_checkpoints = [path for path in previous if steps[path] == state.best.get("step")]
-            kept |= {*best_checkpoints[:1]}
+            kept_checkpoints |= {*best_checkpoints[:1]}
         # Checkpoints newer than the previous one are left from a resume of an older one.
-        for path in steps.keys() - kept:
+        for path in steps.keys() - kept_checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
     def diverged(self, reason: str, state: TrainState) -> str:
         """Return the error message of a diverged run, with the last good checkpoint."""
         first_bad_step = state.step - max(0, state.skipped_in_row - 1)
         good = storage.newest_first(self.folder / CHECKPOINTS)
-        kept = f"the last good checkpoint is {good[0]}" if good else "no checkpoint is before it"
+        advice = f"the last good checkpoint is {good[0]}" if good else "no checkpoint is before it"
         metrics = self.folder / storage.METRICS
         return (
-            f"the run has diverged: {reason}; the first bad step is {first_bad_step}, {kept}. Look "
-            f"at the samples that {metrics} names, or start over with a lower --lr"
+            f"the run has diverged: {reason}; the first bad step is {first_bad_step}, {advice}. "
+            f"Look at the samples that {metrics} names, or start over with a lower --lr"
         )
 
     def require_saved(self, state: TrainState) -> None:

@@ -35,7 +35,7 @@ from ds_cmli.engine import TrainEngine
 from ds_cmli.engine.train_engine import num_columns
 from ds_cmli.errors import UserError, blame
 from ds_cmli.files import JsonObject, Section, sha256
-from ds_cmli.models.hf import BEST, WEIGHTS, write_config
+from ds_cmli.models.hf import BEST, write_config
 from ds_cmli.provenance import revision, versions
 
 # These settings say how the batch is split over ranks, and change with the number of ranks.
@@ -53,7 +53,8 @@ def find_start(config: Config, resume: str, folder: Path) -> "RunStart":
     problem = ""
     with distributed.raised_together():  # collective
         for candidate in _checkpoints_to_try(resume, folder) if distributed.is_main() else ():
-            print_line(problem and f"{problem}; trying the one before")
+            if problem:
+                print_line(f"{problem}; trying the one before")
             damage = storage.find_damage(candidate)
             if damage is None:
                 checkpoint = candidate
@@ -72,22 +73,22 @@ def find_start(config: Config, resume: str, folder: Path) -> "RunStart":
 
 def _checkpoints_to_try(resume: str, folder: Path) -> list[Path]:
     """Return the checkpoints in the order in which to try them. Raises `UserError`."""
-    own_checkpoints = storage.newest_first(folder / CHECKPOINTS)
+    checkpoints_in_folder = storage.newest_first(folder / CHECKPOINTS)
     # A job has followed "never" or a path before it was requeued.
     is_requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-    if resume == "auto" or (own_checkpoints and is_requeued):
-        return own_checkpoints
+    if resume == "auto" or (checkpoints_in_folder and is_requeued):
+        return checkpoints_in_folder
     if resume == "never":
-        if own_checkpoints:
+        if checkpoints_in_folder:
             raise UserError(f"--resume is 'never', and {folder} has a run: give another folder")
         return []
     root = storage.root_of(resume)
     path = Path(resume).absolute()
-    if own_checkpoints and root != (folder / CHECKPOINTS).absolute():
-        for checkpoint in own_checkpoints:
+    if checkpoints_in_folder and root != (folder / CHECKPOINTS).absolute():
+        for checkpoint in checkpoints_in_folder:
             with suppress(UserError):
                 if read_state(checkpoint).resumed_from == resume:
-                    return own_checkpoints  # the same command again
+                    return checkpoints_in_folder  # the same command again
         raise UserError(
             f"--resume is {resume!r}, and {folder} has checkpoints of its own: leave it out, or "
             "give another folder"
@@ -110,24 +111,24 @@ class RunStart:
     record: JsonObject = field(default_factory=dict)  # the content of `run.json`
 
     @property
-    def _is_of_folder(self) -> bool:
+    def _is_in_folder(self) -> bool:
         """True if the checkpoint is one of the run in the folder."""
         if self.checkpoint is None:
             return False
         return self.folder.resolve() in self.checkpoint.resolve().parents
 
     @property
-    def _has_batch_of_settings(self) -> bool:
-        """True if the run split its batch over ranks as this start's settings say."""
+    def _splits_batch_as_set(self) -> bool:
+        """True if the run split its batch over ranks as the settings of this start say."""
         return self.state.world_size == distributed.world_size() and not self.state.rebatched
 
     def keep_batch(self, ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
         """Return the DeepSpeed JSON with the batch of the run, if the ranks were or are others.
 
-        The number of negatives stays the same, and so does gradient accumulation: micro-batches
-        cannot replace ranks, because they do not see each other's negatives. Raises `UserError`.
+        The number of negatives and the accumulation stay. More accumulation could not stand in for
+        fewer ranks, because micro-batches do not see each other's negatives. Raises `UserError`.
         """
-        if self.checkpoint is None or self._has_batch_of_settings:
+        if self.checkpoint is None or self._splits_batch_as_set:
             return ds_config
         total = self.state.train_batch_size
         accumulation = self.state.accumulation
@@ -150,7 +151,7 @@ class RunStart:
     def check(
         self, ds_config: DeepSpeedConfig, accept_changes: bool, fingerprint: Section | None = None
     ) -> None:
-        """Compare the settings of the run with those of this start, which `state` then has.
+        """Compare the settings of the run with those of this start, which `state` then gets.
 
         `fingerprint` is that of the data, compared like the settings. Raises `UserError` if the run
         had other settings, which are listed, without `accept_changes`.
@@ -175,9 +176,9 @@ class RunStart:
 
     def _compare(self, checkpoint: Path, settings: JsonObject, accept_changes: bool) -> None:
         state = self.state
-        ignored = () if self._has_batch_of_settings else BATCH_SPLIT
+        ignored_settings = () if self._splits_batch_as_set else BATCH_SPLIT
         differences = setting_changes(state.config, settings)
-        changes = [line for line in differences if not line.startswith(ignored)]
+        changes = [line for line in differences if not line.startswith(ignored_settings)]
         self.changed = bool(changes)
         if changes and not accept_changes:
             raise UserError(
@@ -189,7 +190,7 @@ class RunStart:
         if is_resharded(state, settings):
             ranks = f"from {state.world_size} ranks to {distributed.world_size()}"
             print_line(f"{ranks}: through a universal checkpoint")
-        state.rebatched = not self._has_batch_of_settings
+        state.rebatched = not self._splits_batch_as_set
         if any(line.startswith(INCOMPARABLE) for line in changes):
             state.best = {}
             state.worse_in_row = 0
@@ -204,7 +205,7 @@ class RunStart:
         out_of_patience = state.out_of_patience(self.config.run.patience)
         if not (is_last or state.step > total_steps or out_of_patience):
             return False
-        if self.checkpoint is not None and (self.changed or not self._is_of_folder):
+        if self.checkpoint is not None and (self.changed or not self._is_in_folder):
             raise UserError(
                 f"{self.checkpoint} has {state.step} of the {total_steps} steps of this start, and "
                 "nothing would be trained: give more --steps, or start without --resume"
@@ -216,7 +217,7 @@ class RunStart:
         return True
 
     def is_whole(self) -> bool:
-        """Return True if the folder has what follows from its newest checkpoint. Collective."""
+        """Return True if model files and configuration are there and up to date. Collective."""
         whole = not self._outdated_models() and (self.folder / MODEL_CONFIG).is_file()
         return distributed.broadcast_object(whole)  # collective
 
@@ -224,26 +225,29 @@ class RunStart:
         self,
         engine: TrainEngine,
         sampler: GlobalBatchSampler,
-        bad: BadSamples,
+        bad_samples: BadSamples,
         tokenizer: CaptionTokenizer,
     ) -> None:
         """Load the checkpoint, and set the folder back to its step. Collective.
 
-        `sampler` gets the position in the data, `bad` this rank's counts of samples.
+        `sampler` gets the position in the data, `bad_samples` this rank's counts of samples.
         """
         state = self.state
         state.sums = state.sums.to(engine.device)
         outdated = self._outdated_models()  # collective
         if self.checkpoint is not None:
-            best = outdated.get(BEST)
-            if best is not None and best != self.checkpoint:
-                load_checkpoint(best, state.config, engine, self.changed)  # collectives
-                make_models(engine, self.folder, [BEST], best)  # collectives
+            # The engine holds one checkpoint at a time: write the best file first, then load the
+            # checkpoint to go on from.
+            best_checkpoint = outdated.get(BEST)
+            if best_checkpoint is not None and best_checkpoint != self.checkpoint:
+                load_checkpoint(best_checkpoint, state.config, engine, self.changed)  # collectives
+                make_models(engine, self.folder, [BEST], best_checkpoint)  # collectives
                 del outdated[BEST]
             load_checkpoint(self.checkpoint, state.config, engine, self.changed)  # collectives
             sampler.load_state_dict(state.sampler)
             with distributed.raised_together(), blame(f"{self.checkpoint}: a rank's state"):
-                state.restore(read_rank_part(self.checkpoint, state.world_size), bad)  # collectives
+                rank_part = read_rank_part(self.checkpoint, state.world_size)  # collectives
+                state.restore(rank_part, bad_samples)
         with written_together(self.folder):  # collective
             if distributed.is_main():
                 self._set_records_back()
@@ -251,25 +255,23 @@ class RunStart:
                 text = json.dumps(self.record, indent=2) + "\n"
                 storage.publish(self.folder / storage.RUN_RECORD, text.encode())
         names = [name for name, checkpoint in outdated.items() if checkpoint is not None]
-        if names and self.checkpoint is not None:
+        if self.checkpoint is not None and names:
             make_models(engine, self.folder, names, self.checkpoint)  # collectives
 
     def _outdated_models(self) -> dict[str, Path | None]:
-        """Return the files beside `checkpoint/` that do not follow from the newest checkpoint.
+        """Return the model files to make again, each with the checkpoint to make it from.
 
-        Each name comes with the checkpoint to make the file from; None: none is left, and the file
-        has to go. Collective.
+        None: there is no such checkpoint, and the file is removed. Collective.
         """
         outdated: dict[str, Path | None] = {}
-        if distributed.is_main() and self._is_of_folder:
-            # A run of an older version has not recorded its files.
-            for name, digest in (self.state.models or {WEIGHTS: None}).items():
+        if distributed.is_main() and self._is_in_folder:
+            for name, digest in self.state.models.items():
                 if self.changed or not _has_digest(self.folder / name, digest):
                     outdated[name] = self.checkpoint
-            if not _has_digest(self.folder / BEST, self.state.best.get("sha256", "none")):
-                best = self._best_checkpoint()
-                if best is not None or (self.folder / BEST).is_file():
-                    outdated[BEST] = best
+            if not _has_digest(self.folder / BEST, self.state.best.get("sha256")):
+                best_checkpoint = self._best_checkpoint()
+                if best_checkpoint is not None or (self.folder / BEST).is_file():
+                    outdated[BEST] = best_checkpoint
         return distributed.broadcast_object(outdated)  # collective
 
     def _best_checkpoint(self) -> Path | None:
@@ -288,19 +290,18 @@ class RunStart:
     def _set_records_back(self) -> None:
         """Remove the records of steps after that at which the run goes on."""
         storage.remove_incomplete(self.folder)
-        if self.checkpoint is not None and self._is_of_folder:
+        if self.checkpoint is not None and self._is_in_folder:
             pointer = self.folder / CHECKPOINTS / storage.LATEST
             storage.publish(pointer, self.checkpoint.name.encode())
         _cut_back(self.folder / storage.METRICS, self.state.step, self.state.evaluated)
-        best = self.folder / BEST
-        if best.is_file() and not _has_digest(best, self.state.best.get("sha256", "none")):
-            print_line(f"{best} is not the best of this run: removed")
-            best.unlink()
+        best_file = self.folder / BEST
+        if best_file.is_file() and not _has_digest(best_file, self.state.best.get("sha256")):
+            print_line(f"{best_file} is not the best of this run: removed")
+            best_file.unlink()
 
 
 def _has_digest(path: Path, digest: str | None) -> bool:
-    """Return True if the file is there, with this SHA-256 unless that is None."""
-    return path.is_file() and digest in (None, sha256(path))
+    return path.is_file() and sha256(path) == digest
 
 
 def _cut_back(path: Path, step: int, evaluated: bool) -> None:

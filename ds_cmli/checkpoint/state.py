@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_cmli.checkpoint.storage import load_tensors
 from ds_cmli.data.pairs import BadSamples
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.distributed import process_group as distributed
@@ -59,23 +60,23 @@ class TrainState:
     def out_of_patience(self, patience: int) -> bool:
         return self.evaluated and 0 < patience <= self.worse_in_row
 
-    def shared(self) -> dict[str, Any]:
+    def shared_part(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in RANK_FIELDS}
 
-    def of_rank(self) -> dict[str, Any]:
+    def rank_part(self) -> dict[str, Any]:
         """Return this rank's part. CPU-GPU sync."""
         return {name: getattr(self, name) for name in RANK_FIELDS} | {"sums": self.sums.cpu()}
 
-    def capture(self, sampler: GlobalBatchSampler, bad: BadSamples) -> None:
+    def capture(self, sampler: GlobalBatchSampler, bad_samples: BadSamples) -> None:
         """Copy the state that is kept elsewhere, before a checkpoint. CPU-GPU sync."""
         self.world_size = distributed.world_size()
         self.sampler = sampler.state_dict()
         self.generators = generator_states()
-        self.bad_count = bad.count
-        self.bad_first = list(bad.first)
+        self.bad_count = bad_samples.count
+        self.bad_first = list(bad_samples.first)
 
-    def restore(self, rank_part: dict[str, Any], bad: BadSamples) -> None:
-        """Put back what `of_rank` returned. Nothing may draw random numbers after it."""
+    def restore(self, rank_part: dict[str, Any], bad_samples: BadSamples) -> None:
+        """Put back what `rank_part` returned. Nothing may draw random numbers after it."""
         device = self.sums.device
         num_sums = len(self.sums)
         vars(self).update(rank_part)
@@ -83,15 +84,15 @@ class TrainState:
         if len(self.sums) != num_sums:  # resumed with other losses
             self.sums = torch.zeros(num_sums, device=device)
             self.micro_batches = 0
-        bad.count = self.bad_count
-        bad.first = self.bad_first
+        bad_samples.count = self.bad_count
+        bad_samples.first = self.bad_first
         torch.set_rng_state(self.generators["torch"])
         if torch.cuda.is_available() and "cuda" in self.generators:
             torch.cuda.set_rng_state(self.generators["cuda"])
 
 
 def generator_states() -> dict[str, Tensor]:
-    """Return those of PyTorch, the only ones that a step draws from. CPU-GPU sync."""
+    """Return the states of PyTorch's generators: a step draws from no other. CPU-GPU sync."""
     cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
     return {"torch": torch.get_rng_state(), **cuda}
 
@@ -106,9 +107,9 @@ def read_state(checkpoint: Path) -> TrainState:
 def read_rank_part(checkpoint: Path, num_written: int) -> dict[str, Any]:
     """Return this rank's part of the state, which `num_written` ranks have written.
 
-    On another number of ranks rank 0 reads all parts: the mean of `sums` over ranks stays, counts
-    go to rank 0, since only their sum is used, and the generators of a rank that did not exist are
-    as this start seeds them. Collective then.
+    If the number of ranks has changed, rank 0 reads all parts. Each rank gets the mean of `sums`;
+    rank 0 gets the counts, of which only the sum is used. A new rank keeps the generators that this
+    start has seeded. Collective then.
     """
     rank = distributed.rank()
     files = [checkpoint / f"rank-{number}.pt" for number in range(num_written)]
@@ -131,4 +132,4 @@ def read_rank_part(checkpoint: Path, num_written: int) -> dict[str, Any]:
 
 def _read_part(file: Path) -> dict[str, Any]:
     with blame(f"{file} is no state of a rank"):
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return load_tensors(file)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
@@ -27,8 +28,8 @@ CHECKPOINTS = "checkpoint"  # the folder of all checkpoints in a run's folder
 LATEST = "latest"
 CHECKSUMS = "checksums.json"
 WRITING = ".writing"
-METRICS = "metrics.jsonl"  # these two in the run's folder
-RUN_RECORD = "run.json"
+METRICS = "metrics.jsonl"  # in the run's folder
+RUN_RECORD = "run.json"  # in the run's folder
 
 
 # --- checkpoints in a folder
@@ -108,11 +109,11 @@ def publish(path: Path, content: bytes) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Sync a folder's entries to disk; otherwise a power failure can undo a rename."""
-    number = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
 def remove_incomplete(folder: Path) -> None:
@@ -120,6 +121,11 @@ def remove_incomplete(folder: Path) -> None:
     for path in (*folder.glob("*" + WRITING), *(folder / CHECKPOINTS).glob("*" + WRITING)):
         shutil.rmtree(path, ignore_errors=True)
         path.unlink(missing_ok=True)
+
+
+def load_tensors(path: Path, map_location: Any = "cpu") -> Any:
+    """Load a file of `torch.save`, and run no code that it may hold."""
+    return torch.load(path, map_location=map_location, weights_only=True)
 
 
 class CheckpointWriter(TorchCheckpointEngine):
@@ -146,15 +152,16 @@ class CheckpointWriter(TorchCheckpointEngine):
         self.write(Path(path), save_tensors)
 
     def load(self, path, map_location=None):
-        return torch.load(path, map_location=map_location, weights_only=True)
+        return load_tensors(path, map_location)
 
     def write(self, path: Path, write_to: Callable[[Path], object]) -> None:
-        """Make a file by `write_to(path)`, unless there was an error before."""
+        """Make a file by `write_to(path)`, in the way of `attempt`."""
         self.attempt(lambda: write_to(path))
         if self.error is None:
             self._digests[path.name] = self._thread.submit(sync_and_hash, path)
 
     def attempt(self, action: Callable[[], object]) -> None:
+        """Run `action` unless there was an error before, and record its error."""
         if self.error is not None:
             return
         try:
@@ -167,7 +174,7 @@ class CheckpointWriter(TorchCheckpointEngine):
             self.error = one_line(disk_error if isinstance(disk_error, OSError) else error)
 
     def take_digest(self, name: str) -> str | None:
-        """Return the SHA-256 of a file once it is on disk, which is then no part of `gather`.
+        """Return the SHA-256 of a file once it is on disk, and leave the file out of `gather`.
 
         None if there was an error.
         """

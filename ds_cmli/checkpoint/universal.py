@@ -10,7 +10,6 @@ import io
 import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import deepspeed
@@ -18,7 +17,7 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch import Tensor
 
-from ds_cmli.checkpoint.storage import WRITING
+from ds_cmli.checkpoint.storage import WRITING, load_tensors
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 from ds_cmli.errors import blame
@@ -60,8 +59,8 @@ def _write_universal(checkpoint: Path, converted: Path) -> None:
         inject_missing_state=True,
     )
     output = io.StringIO()  # DeepSpeed's lines and progress bars
-    problem = f"{checkpoint}: cannot be converted to other ranks, ZeRO stage or precision"
-    with blame(problem), loading(hub=False), redirect_stdout(output), redirect_stderr(output):
+    message = f"{checkpoint}: cannot be converted to other ranks, ZeRO stage or precision"
+    with blame(message), loading(hub=False), redirect_stdout(output), redirect_stderr(output):
         shutil.rmtree(converted.parent, ignore_errors=True)
         converted.mkdir(parents=True)
         ds_to_universal.main(options)
@@ -69,20 +68,20 @@ def _write_universal(checkpoint: Path, converted: Path) -> None:
 
 
 def _add_what_loaders_expect(converted: Path) -> None:
-    """Add what DeepSpeed's loaders read of each stage, and the converter writes of some."""
+    """Add what the loader of each stage reads, but the converter writes only for some stages."""
     zero = converted / "zero"
     model_file = min(converted.glob("*model_states.pt"))
-    model = _load_tensors(model_file)
+    model = load_tensors(model_file)
     for group in model.get("param_shapes") or ():  # stage 3 leaves the files flat
         for name, shape in group.items():
             for key in ("fp32", "exp_avg", "exp_avg_sq"):
-                value = _load_tensors(zero / name / f"{key}.pt")
+                value = load_tensors(zero / name / f"{key}.pt")
                 if isinstance(value, Tensor):
                     torch.save({"param": value.view(shape)}, zero / name / f"{key}.pt")
     step = torch.tensor(float(model["global_steps"] - model["skipped_steps"]))
     for folder in filter(Path.is_dir, zero.iterdir()):
         torch.save(step, folder / "step.pt")
-    optimizer = _load_tensors(zero / "optimizer_state.pt")
+    optimizer = load_tensors(zero / "optimizer_state.pt")
     groups = [
         {key: value for key, value in group.items() if key != "params"}
         for group in optimizer["param_groups"]
@@ -107,11 +106,11 @@ def _load_universal(converted: Path, train_engine: TrainEngine) -> None:
     is_universal = mock.patch.object(engine._config, "load_universal_checkpoint", True)
     with loading(hub=False), is_universal:
         engine.load_checkpoint(str(converted.parent), tag=converted.name)  # collectives
-        module = _load_tensors(min(converted.glob("*model_states.pt")))["module"]
+        module = load_tensors(min(converted.glob("*model_states.pt")))["module"]
         for name, buffer in engine.module.named_buffers():
             if name in module:
                 buffer.copy_(module[name])
-        saved = _load_tensors(converted / "zero" / "optimizer_state.pt")
+        saved = load_tensors(converted / "zero" / "optimizer_state.pt")
     # DeepSpeed's loader for stage 3 (0.19.8) gives all groups the settings of the first, and thus
     # weight decay to groups that must have none. It also gives all parameters one shared step
     # counter, which then counts each update many times.
@@ -129,7 +128,3 @@ def _load_universal(converted: Path, train_engine: TrainEngine) -> None:
     scale = saved["scale"]
     if isinstance(scaler, DynamicLossScaler) and scale.keys() >= {*SCALER_STATE}:
         vars(scaler).update({name: scale[name] for name in SCALER_STATE})
-
-
-def _load_tensors(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)

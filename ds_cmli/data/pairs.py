@@ -25,7 +25,7 @@ from ds_cmli.data.sampler import Draw
 from ds_cmli.data.shard_cache import LostShard
 from ds_cmli.data.sources import Source
 from ds_cmli.data.tokens import CaptionTokenizer, Tokens
-from ds_cmli.distributed.process_group import CollectiveFlags
+from ds_cmli.distributed.process_group import CollectiveFlags, gather_objects
 from ds_cmli.errors import UserError, one_line
 
 MAX_TRIES = 100  # training stops after this many consecutive samples that cannot be used
@@ -286,7 +286,7 @@ class BadSamples:
 
         Raises `UserError`, on all ranks, if they are too many of the `seen` samples. Collective.
         """
-        gathered = flags.gather((self.count, self.first))  # collective
+        gathered = gather_objects((self.count, self.first), flags.group)  # collective
         count = sum(rank_count for rank_count, _ in gathered)
         first = dict.fromkeys(chain.from_iterable(rank_first for _, rank_first in gathered))
         named = ", ".join(bad_texts(list(first)))

@@ -7,11 +7,11 @@ from datetime import timedelta
 from ds_cmli.libraries import silence
 
 MAX_START = timedelta(seconds=60)  # in which rank 0 opens the store
-MEETING = 5.0  # seconds in which the ranks that have a mistake enter it
+MEETING_SECONDS = 5.0  # in which the ranks that have a mistake enter it
 
 
 def lowest_rank() -> int:
-    """Return the lowest rank that has a mistake, as this one has; 0 outside of a launch."""
+    """Return the lowest rank that calls this, as each with a mistake does; 0 outside a launch."""
     try:
         rank = int(os.environ["RANK"])
         num_ranks = int(os.environ["WORLD_SIZE"])
@@ -27,8 +27,8 @@ def lowest_rank() -> int:
     from ds_cmli.distributed import process_group
 
     key = f"ds_cmli/mistakes/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # it holds the store
-    is_open = process_group._store.cache_info().currsize > 0  # ranks have met
+    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # which holds the store
+    is_open = process_group.launch_store.cache_info().currsize > 0  # ranks have met
     try:
         store = dist.TCPStore(
             address,
@@ -36,13 +36,16 @@ def lowest_rank() -> int:
             is_master=rank == 0 and not has_agent,
             wait_for_workers=False,
             multi_tenant=True,
-            timeout=timedelta(seconds=MEETING) if is_open else MAX_START,
+            timeout=timedelta(seconds=MEETING_SECONDS) if is_open else MAX_START,
         )
         is_open = True
         store.append(key, f"{rank} ")  # type: ignore[attr-defined]
         entered = {rank}
-        end = time.monotonic() + MEETING
-        while time.monotonic() < end and len(entered) < num_ranks and (rank == 0 or min(entered)):
+        end = time.monotonic() + MEETING_SECONDS
+        # Rank 0 may hold the store, and waits for all ranks. The others may go once it has entered.
+        while (
+            time.monotonic() < end and len(entered) < num_ranks and (rank == 0 or 0 not in entered)
+        ):
             time.sleep(0.1)
             entered = {int(number) for number in store.get(key).split()}
         return min(entered)

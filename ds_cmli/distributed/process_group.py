@@ -23,23 +23,25 @@ TIMEOUT = timedelta(minutes=30)  # of a collective, and in which all ranks start
 def init() -> torch.device:
     """Start the process group, NCCL on GPUs and gloo on CPUs, and return this rank's device.
 
-    One that is up already is taken as it is. Raises `UserError` if not all ranks have started in
-    time, or do not reach each other. Collective.
+    A process group that exists is kept. Raises `UserError` if not all ranks have started in time,
+    or do not reach each other. Collective.
     """
     map_launcher_environment()
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank = int(os.environ["RANK"])
+    num_ranks = int(os.environ["WORLD_SIZE"])
     device = torch.device("cpu")
-    with blame(f"rank {rank} of {ranks} cannot start"):
+    with blame(f"rank {rank} of {num_ranks} cannot start"):
         if torch.cuda.is_available():
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         if dist.is_initialized():
             return device
         store: dist.Store = dist.HashStore()  # which needs no port
-        if ranks > 1:
-            store = _store(rank, ranks, os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
-            groups = (store.add("ds_cmli", 1) - 1) // ranks  # that these ranks have made before
-            store = dist.PrefixStore(f"ds_cmli/{groups}", store)
+        if num_ranks > 1:
+            address = os.environ["MASTER_ADDR"]
+            store = launch_store(rank, num_ranks, address, os.environ["MASTER_PORT"])
+            num_groups_before = (store.add("ds_cmli", 1) - 1) // num_ranks
+            store = dist.PrefixStore(f"ds_cmli/{num_groups_before}", store)
         # gloo connects two ranks when one sends to the other. Otherwise each rank would hold a
         # connection to every other one.
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
@@ -47,7 +49,7 @@ def init() -> torch.device:
             "nccl" if device.type == "cuda" else "gloo",
             store=store,
             rank=rank,
-            world_size=ranks,
+            world_size=num_ranks,
             timeout=TIMEOUT,
             # NCCL connects at once, and each group that is made later when it is made.
             device_id=device if device.type == "cuda" else None,
@@ -57,8 +59,8 @@ def init() -> torch.device:
 
 
 @cache
-def _store(rank: int, ranks: int, address: str, port: str) -> dist.Store:
-    """The store by which the ranks of a launch meet, each time: its port stays taken."""
+def launch_store(rank: int, num_ranks: int, address: str, port: str) -> dist.Store:
+    """Return the store of this launch. It is cached because its port stays taken."""
     return next(dist.rendezvous("env://", timeout=TIMEOUT))[0]
 
 
@@ -104,16 +106,11 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """Average `values` over ranks, in place. Collective."""
-    return sum_over_ranks(values).div_(world_size())
-
-
-def broadcast_object(value: Value | None, source: int = 0) -> Value:
-    """Return the `value` of rank `source`, whatever the others give. Collective."""
+def broadcast_object(value: Value | None) -> Value:
+    """Return the `value` of rank 0, whatever the others give. Collective."""
     values = [value]
     if world_size() > 1:
-        dist.broadcast_object_list(values, src=source)  # collective
+        dist.broadcast_object_list(values, src=0)  # collective
     return values[0]  # type: ignore[return-value]
 
 
@@ -134,8 +131,8 @@ def gather_tensors(tensors: list[Tensor]) -> list[list[Tensor]]:
     if world_size() == 1:
         return [tensors]
     parts = [x.contiguous().flatten().view(torch.uint8) for x in tensors]
-    own_layout = [(len(part), x.dtype, x.shape) for part, x in zip(parts, tensors, strict=True)]
-    layouts = gather_objects(own_layout)  # collective
+    local_layout = [(len(part), x.dtype, x.shape) for part, x in zip(parts, tensors, strict=True)]
+    layouts = gather_objects(local_layout)  # collective
     num_bytes = [sum(size for size, _, _ in layout) for layout in layouts]
     padding = torch.zeros(max(num_bytes) - num_bytes[rank()], dtype=torch.uint8)
     sent = torch.cat([*parts, padding])
@@ -164,16 +161,17 @@ def raised_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    message = str(error) if isinstance(error, UserError) else error and one_line(error)
-    nodes, messages = zip(*gather_objects((this_node(), message), group), strict=True)  # collective
+    local_message = str(error) if isinstance(error, UserError) else error and one_line(error)
+    gathered = gather_objects((this_node(), local_message), group)  # collective
+    nodes, messages = zip(*gathered, strict=True)
     if error is not None and not isinstance(error, UserError):
         raise error
     if len({*messages}) == 1 and messages[0]:
         raise UserError(messages[0])
-    for rank, first in enumerate(messages):
-        if first:
-            node = f" on node {nodes[rank]}" if len({*nodes}) > 1 else ""
-            raise UserError(f"rank {rank}{node}: {first}")
+    for number, message in enumerate(messages):
+        if message:
+            node = f" on node {nodes[number]}" if len({*nodes}) > 1 else ""
+            raise UserError(f"rank {number}{node}: {message}")
 
 
 class CollectiveFlags:
@@ -198,26 +196,22 @@ class CollectiveFlags:
     def max(self, *values: int) -> list[int]:
         """Return the maximum over ranks of each value. Collective.
 
-        It takes ceil(log2 P) messages in turn, the ring of gloo's all-reduce 2 (P - 1). In round k
-        a rank sends its result to the rank 2^k after it, which then covers twice as many ranks.
+        It takes ceil(log2 P) messages in turn; gloo's all-reduce, a ring, 2 (P - 1). In round k a
+        rank sends its result to the rank 2^k after it, which then covers twice as many ranks.
         """
         result = torch.tensor(values)
         received = torch.empty_like(result)
         distance = 1
         while distance < world_size():
-            after = (rank() + distance) % world_size()
-            before = (rank() - distance) % world_size()
+            receiver = (rank() + distance) % world_size()
+            sender = (rank() - distance) % world_size()
             CollectiveFlags.num_rounds += 1
-            sending = dist.isend(result, after, self.group)
-            dist.recv(received, before, self.group)  # collective, on the CPU
+            sending = dist.isend(result, receiver, self.group)
+            dist.recv(received, sender, self.group)  # collective, on the CPU
             sending.wait()  # type: ignore[union-attr]  # `result` is replaced only now
             result = result.maximum(received)
             distance *= 2
         return result.tolist()
-
-    def gather(self, value: Value) -> list[Value]:
-        """Return every rank's `value`, on every rank. Collective."""
-        return gather_objects(value, self.group)  # collective, on the CPU
 
 
 class SpacedFlag:
@@ -226,7 +220,8 @@ class SpacedFlag:
     def __init__(self, flags: CollectiveFlags, seconds: float = 5.0):
         self.flags = flags
         self.seconds = seconds
-        self.rounds = self.rounds_left = 1  # from one exchange to the next
+        self.rounds_between = 1  # exchanges
+        self.rounds_left = 1
         self.exchanged_at = time.monotonic()
 
     def any(self, flag: bool) -> bool:
@@ -237,10 +232,11 @@ class SpacedFlag:
         self.rounds_left -= 1
         if self.rounds_left > 0:
             return False
-        milliseconds = 1000 * (time.monotonic() - self.exchanged_at) / self.rounds
+        milliseconds = 1000 * (time.monotonic() - self.exchanged_at) / self.rounds_between
         is_set, slowest = self.flags.max(flag, round(milliseconds))  # collective
         # At most twice as many as before, because the first rounds may be the fastest.
-        self.rounds = max(1, min(2 * self.rounds, round(1000 * self.seconds / max(1, slowest))))
-        self.rounds_left = self.rounds
+        num_rounds = round(1000 * self.seconds / max(1, slowest))
+        self.rounds_between = max(1, min(2 * self.rounds_between, num_rounds))
+        self.rounds_left = self.rounds_between
         self.exchanged_at = time.monotonic()
         return bool(is_set)

@@ -25,8 +25,8 @@ from ds_cmli.errors import UserError, blame
 from ds_cmli.fake_cuda import kernels
 from ds_cmli.fake_cuda.known_values import KnownValues, WithoutData
 from ds_cmli.fake_cuda.recorder import Recorder
-from ds_cmli.fake_cuda.streams import Event, Stream
-from ds_cmli.memory_model.caching_allocator import MIN_BLOCK
+from ds_cmli.fake_cuda.streams import CudaEvent, Stream
+from ds_cmli.memory_model.caching_allocator import MIN_BLOCK, round_up
 from ds_cmli.memory_model.gpus import Gpu
 
 # Versions of PyTorch from the first to before the second are known to answer alike.
@@ -84,9 +84,9 @@ def fake_cuda(recorder: Recorder, gpu: Gpu) -> Iterator[None]:
         stack.callback(torch.set_rng_state, torch.get_rng_state())
         guard().fake_cuda_on()
         stack.callback(guard().fake_cuda_off)
-        # Autograd stays in this thread.
+        # Backward runs in this thread.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        for owner, name, replacement in _patches(_functions(gpu, recorder)):
+        for owner, name, replacement in _patches(_cuda_functions(gpu, recorder)):
             if hasattr(owner, name):
                 stack.enter_context(mock.patch.object(owner, name, replacement))
         stack.enter_context(kernels.registered(gpu))
@@ -103,7 +103,7 @@ def fake_cuda(recorder: Recorder, gpu: Gpu) -> Iterator[None]:
 
 @cache
 def guard() -> ctypes.CDLL:
-    """The small library by which PyTorch's C++ finds the GPU, compiled into the cache."""
+    """Return the small library by which PyTorch's C++ finds the GPU, compiled into the cache."""
     installed = TorchVersion(torch.__version__)
     if installed < OLDEST or installed >= NEXT:
         raise UserError(f"torch is {installed}: a prediction knows {OLDEST} to before {NEXT}")
@@ -126,32 +126,23 @@ def _patches(gpu_functions: dict[str, object]) -> list[tuple[object, str, object
         (F, "linear", F.linear),
         # It replaces parameters without data even where nothing changes, and then fails.
         (nn.Module, "_apply", _apply),
-        # A tensor that gets the data of another device, or of one without data, stays as it was.
+        # PyTorch would change neither the tensor's device nor whether it has data.
         (Tensor, "data", _data_of_any_device(Tensor.data)),
         # It does not know tensors without data as what they stand for.
         *((x, FOREACH, [*getattr(x, FOREACH), FakeTensor]) for x in (optimizer, _foreach_utils)),
         # It compiles kernels for a GPU, which update in place and allocate nothing.
-        (OpBuilder, "load", kernels.loading(OpBuilder.load)),
+        (OpBuilder, "load", kernels.load_without_kernels(OpBuilder.load)),
     ]
 
 
-def _functions(gpu: Gpu, recorder: Recorder) -> dict[str, object]:
-    """The functions and classes of `torch.cuda` for this GPU, by name."""
+def _cuda_functions(gpu: Gpu, recorder: Recorder) -> dict[str, object]:
+    """Return the functions and classes of `torch.cuda` for this GPU, by name."""
     properties = SimpleNamespace(name=gpu.name, shared_memory_per_block=48 * 1024)
     properties.major, properties.minor = gpu.capability
-    properties.total_memory = gpu.total.bytes
+    properties.total_memory = gpu.total_bytes
     properties.multi_processor_count = gpu.multiprocessors
-    properties.max_threads_per_multi_processor = gpu.threads
-    properties.shared_memory_per_block_optin = gpu.shared
-
-    @contextmanager
-    def stream(on: Stream | None) -> Iterator[None]:
-        previous = Stream.current
-        Stream.current = on or previous
-        try:
-            yield
-        finally:
-            Stream.current = previous
+    properties.max_threads_per_multi_processor = gpu.max_threads
+    properties.shared_memory_per_block_optin = gpu.shared_bytes
 
     def synchronize(*_: object) -> None:
         for work in Stream.works.values():
@@ -162,7 +153,7 @@ def _functions(gpu: Gpu, recorder: Recorder) -> dict[str, object]:
         recorder.empty_cache()
 
     def memory_stats(*_: object, **__: object) -> dict[str, int]:
-        allocated = sum(-(-live.bytes // MIN_BLOCK) * MIN_BLOCK for live in recorder.live.values())
+        allocated = sum(round_up(live.bytes, MIN_BLOCK) for live in recorder.live.values())
         return defaultdict(int, {"allocated_bytes.all.current": allocated})
 
     stateless: dict[str, object] = {
@@ -179,10 +170,10 @@ def _functions(gpu: Gpu, recorder: Recorder) -> dict[str, object]:
         "current_stream": lambda *_: Stream.current,
         "default_stream": lambda *_: Stream(number=0),
         "set_stream": lambda on: setattr(Stream, "current", on),
-        "stream": stream,
+        "stream": lambda on: mock.patch.object(Stream, "current", on or Stream.current),
         "device": nullcontext,
         "Stream": Stream,
-        "Event": Event,
+        "Event": CudaEvent,
     }
 
 

@@ -20,7 +20,7 @@ from ds_cmli.memory_model.gpus import Gpu
 aten = torch.ops.aten
 # A build of torch without CUDA would take the parts of these operators in place of them.
 WHOLE = ("silu_backward", "mish_backward", "_fused_rms_norm")
-IN_PLACE = ("fused_adam", "fused_lion", "cpu_adam", "cpu_lion", "cpu_adagrad")
+UPDATES = ("fused_adam", "fused_lion", "cpu_adam", "cpu_lion", "cpu_adagrad")
 
 
 @contextmanager
@@ -36,8 +36,8 @@ def registered(gpu: Gpu) -> Iterator[None]:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """PyTorch's aten/src/ATen/native/Linear.cpp, where, however, a subclass of a tensor, as those
-    without data are, keeps the product in addition to its sum with the bias."""
+    """Compute as PyTorch's aten/src/ATen/native/Linear.cpp does for plain tensors. For a subclass,
+    such as tensors without data, it would keep the product besides its sum with the bias."""
     columns = weight.t()
     if bias is None:
         return torch.matmul(x, columns)
@@ -51,7 +51,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _attention(
     gpu: Gpu, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options
 ):
-    """The kernel that `_fused_sdp_choice` chooses on the GPU."""
+    """Call the kernel that `_fused_sdp_choice` chooses on the GPU."""
     scale = options.get("scale")
     enable_gqa = options.get("enable_gqa", False)
     inputs = query, key, value, attn_mask, dropout_p, is_causal
@@ -90,10 +90,10 @@ class _Kernels:
         return lambda *_, **__: 0
 
 
-def loading(load: Callable) -> Callable:
+def load_without_kernels(load: Callable) -> Callable:
     """Replace `OpBuilder.load` of DeepSpeed, which compiles for a GPU, by kernels of no effect."""
 
     def run(self, verbose: bool = False) -> object:
-        return _Kernels() if self.name in IN_PLACE else load(self, verbose)
+        return _Kernels() if self.name in UPDATES else load(self, verbose)
 
     return run

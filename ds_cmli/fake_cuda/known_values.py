@@ -1,7 +1,7 @@
 """Answers where training reads values, which tensors without data do not have.
 
-Small tensors on the host have data. A copy of whole numbers to the device remembers them, and so
-does what is computed of such alone. All others are stood in for.
+Small tensors on the host have data. A copy of integers to the device remembers their values, and so
+does a tensor computed from such tensors alone. Any other value that is read is made up.
 """
 
 from collections.abc import Iterable
@@ -18,13 +18,13 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ds_cmli.fake_cuda.streams import Stream
 
 aten = torch.ops.aten
 MAX_ELEMENTS = 1 << 16  # elements of the largest tensor that is created with data on the host
-NUMBER = 2.0  # the stand-in of a loss or a norm: finite, and no divisor of 0
+MADE_UP = 2.0  # instead of a loss or a norm: finite, and no divisor of 0
 FACTORIES = {aten.empty.memory_format, aten.empty_strided.default}
 FACTORIES |= {
     getattr(aten, name).default for name in ("zeros", "ones", "full", "rand", "randn", "randint")
@@ -51,11 +51,11 @@ class WithoutData(FakeTensorMode):
         prediction's time.
         """
         key: list[object] = [func, torch.get_default_dtype()]
-        _describe((args, *kwargs.items()), key)
+        _extend_key((args, *kwargs.items()), key)
         return _DispatchCacheKey(tuple(key))
 
 
-def _describe(values: Iterable[object], key: list[object]) -> None:
+def _extend_key(values: Iterable[object], key: list[object]) -> None:
     """Add all that an operator's results depend on to `key`."""
     for value in values:
         if isinstance(value, FakeTensor):
@@ -65,7 +65,7 @@ def _describe(values: Iterable[object], key: list[object]) -> None:
             key += value.dtype, value.shape, value.stride(), value.storage_offset(), keys
         elif isinstance(value, list | tuple):
             key.append(len(value))
-            _describe(value, key)
+            _extend_key(value, key)
         elif isinstance(value, Tensor):
             raise _BypassDispatchCache("non-fake tensor")
         else:
@@ -121,11 +121,11 @@ class KnownValues(TorchDispatchMode):
             with _disable_current_modes():
                 return values.item()
         if x.dtype.is_floating_point:
-            return NUMBER
+            return MADE_UP
         return getattr(x, "likely", False) if x.dtype == torch.bool else 0
 
     def _copied(self, source: Tensor, out: Tensor) -> Tensor:
-        """The result of a copy, with data if it is a small one on the host."""
+        """Return the result of a copy, with data if it is a small one on the host."""
         values = known_values(source) if out.numel() <= MAX_ELEMENTS else None
         if out.device.type == "cpu" and source.device.type != "cpu":
             Stream.current.synchronize()
@@ -140,7 +140,7 @@ class KnownValues(TorchDispatchMode):
         return out
 
     def _remember(self, func, args: tuple, kwargs: dict, leaves: list, out: object) -> None:
-        """Compute the values of results whose operands are known; of others the likely truth."""
+        """Remember the values of results whose operands are all known, and else the likely bool."""
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         small = bool(tensors) and all(x.numel() <= MAX_ELEMENTS for x in tensors)
         all_known = small and all(known_values(x) is not None for x in tensors)
@@ -150,7 +150,8 @@ class KnownValues(TorchDispatchMode):
         elif all_known:
             with _disable_current_modes():
                 host = {"device": torch.device("cpu")} if "device" in kwargs else {}
-                host_args, host_kwargs = tree_map(_values_of, (args, kwargs | host))
+                host_arguments = (args, kwargs | host)
+                host_args, host_kwargs = tree_map_only(Tensor, known_values, host_arguments)
                 values = func(*host_args, **host_kwargs)
             for x, value in zip(tree_leaves(out), tree_leaves(values), strict=True):
                 if isinstance(x, FakeTensor):
@@ -158,10 +159,6 @@ class KnownValues(TorchDispatchMode):
         elif isinstance(out, Tensor) and out.dtype == torch.bool:
             # All gradients are finite, and no loss is anything else.
             vars(out)["likely"] = func.overloadpacket in (aten.all, aten.isfinite)
-
-
-def _values_of(value: object) -> object:
-    return known_values(value) if isinstance(value, Tensor) else value
 
 
 def _is_elsewhere(value: object) -> bool:

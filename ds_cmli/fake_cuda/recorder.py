@@ -24,7 +24,7 @@ from ds_cmli.memory_model.gpus import Gpu
 aten = torch.ops.aten
 # Autograd adds gradients up in place, where the first is no view, but not under a dispatch mode:
 # there these operators return a new tensor, and their argument is freed before the next allocation.
-IN_PLACE = (aten.add.Tensor, aten.index_add.default, aten.index_put.default, aten.scatter.src)
+ADDED_IN_PLACE = (aten.add.Tensor, aten.index_add.default, aten.index_put.default, aten.scatter.src)
 DISPATCHING = ("/torch/_", "/fake_cuda/")  # files that call operators and modes of dispatch
 
 
@@ -74,10 +74,10 @@ class Recorder(TorchDispatchMode):
         # and ends to recompute a forward pass.
         self.segment = 0
         self.recomputing = False
-        # After an operator of IN_PLACE in backward, until the next allocation: the place of its
-        # result in the log, and the block of its argument.
+        # After an operator of ADDED_IN_PLACE in backward, and until the next allocation: the index
+        # of the result's allocation in `log`, and the block of the argument.
         self.in_place_at = 0
-        self.in_place_of = -1
+        self.in_place_of: int | None = None
         self.scoped: str | None = None  # the category of what is allocated now
         self.pending = PendingFrees()
         # The log's length after the first matrix product in and outside backward, of each stream.
@@ -93,29 +93,28 @@ class Recorder(TorchDispatchMode):
             self.recomputing = grad
             self.segment += 1
         if func is aten.record_stream.default:
-            return self._used(*args)
+            return self._record_stream(*args)
         inside = workspaces.Inside()
-        if self.gpu is not None and func in workspaces.OPERATORS and self._is_here(args[0]):
-            inside = workspaces.OPERATORS[func](args, self.gpu)
-        held = self._exchange([], inside.before, func)
+        if self.gpu is not None and func in workspaces.OPERATORS and self._is_on_device(args[0]):
+            inside = workspaces.OPERATORS[func](self.gpu, *args)
+        held = self._hold([], inside.before, func)
         out = func(*args, **(kwargs or {}))
         if self.gpu is not None:
             out = workspaces.returned(func, args, out)
-        if func in IN_PLACE:
-            held = self._exchange(held, ((),), func)  # already, as the result replaces its argument
+        if func in ADDED_IN_PLACE:
+            held = self._hold(held, ((),), func)  # already, as the result replaces its argument
         num_changes = len(self.log)
-        self._see_results(func, out)
-        self._exchange(held, (*inside.after, ()), func)
-        if func in IN_PLACE and num_changes < len(self.log) and self._is_accumulating(grad):
-            argument = None if args[0]._is_view() else self.block_of(args[0])
+        self._record_results(func, out)
+        self._hold(held, (*inside.after, ()), func)
+        if func in ADDED_IN_PLACE and num_changes < len(self.log) and self._is_accumulating(grad):
             self.in_place_at = num_changes
-            self.in_place_of = -1 if argument is None else argument
+            self.in_place_of = None if args[0]._is_view() else self.block_of(args[0])
         if self.gpu is not None and func in workspaces.PRODUCTS:
             place = torch._C._current_graph_task_id() >= 0, Stream.current.stream_id
             self.products.setdefault(place, len(self.log))
         return out
 
-    def _is_here(self, x: object) -> bool:
+    def _is_on_device(self, x: object) -> bool:
         return isinstance(x, Tensor) and x.device.type == self.device
 
     def _is_accumulating(self, grad: bool) -> bool:
@@ -127,37 +126,39 @@ class Recorder(TorchDispatchMode):
             frame = frame.f_back
         return frame is None or frame.f_code.co_name == "_engine_run_backward"
 
-    def _exchange(self, held: Held, stages: tuple, func: OpOverload) -> Held:
+    def _hold(self, held: Held, stages: tuple, func: OpOverload) -> Held:
         """Go through the stages of what an operator holds inside; blocks of equal sizes stay."""
         for stage in stages:
             sizes = [size for size in stage if size]
             kept_blocks: dict[int, int] = {}  # by their places in this stage
-            end = len(sizes)  # of the places that are free for blocks further to the front
+            end = len(sizes)  # blocks before this one can only take places before `end`
             for block, size in reversed(held):
                 places = [place for place in range(end) if sizes[place] == size]
                 if places:
                     end = places[-1]
                     kept_blocks[end] = block
                 else:
-                    self._end(block, size)
+                    self._free_when_read(block, size)
             held = []
             for place, size in enumerate(sizes):
                 if place not in kept_blocks:
-                    kept_blocks[place] = self._begin(size, "temporaries", f"{func}, inside")
+                    kept_blocks[place] = self._allocate(size, "temporaries", f"{func}, inside")
                 held.append((kept_blocks[place], size))
         return held
 
-    def _see_results(self, func: OpOverload, out: object) -> None:
+    def _record_results(self, func: OpOverload, out: object) -> None:
         results = [out] if isinstance(out, Tensor) else tree_leaves(out)
         if func is aten.native_dropout.default:
             results = results[::-1]  # as CUDA allocates them
         for x in results:
-            if self._is_here(x):
-                self._see(x, None, func)
-        if self.gpu is not None and any(map(self._is_here, results[:1])) and not func.is_view:
+            if self._is_on_device(x):
+                self._record_tensor(x, None, func)
+        if self.gpu is not None and any(map(self._is_on_device, results[:1])) and not func.is_view:
             Stream.current.work.launch()
 
-    def _see(self, tensor: Tensor, category: str | None, op: OpOverload | str = "") -> None:
+    def _record_tensor(
+        self, tensor: Tensor, category: str | None, op: OpOverload | str = ""
+    ) -> None:
         """Record the tensor's storage if it is new or its size has changed."""
         if tensor.layout != torch.strided or tensor._is_zerotensor():
             return
@@ -167,14 +168,14 @@ class Recorder(TorchDispatchMode):
         if live is not None:
             if live.bytes == size:
                 return
-            self._end(live.block, live.bytes)
+            self._free_when_read(live.block, live.bytes)
             category = category or self.blocks[live.block].category
             del self.live[storage._cdata]
         if size:
-            self._follow(storage, self._begin(size, category or self.scoped, op), size)
+            self._watch_storage(storage, self._allocate(size, category or self.scoped, op), size)
 
-    def _follow(self, storage: torch.UntypedStorage, block: int, size: int) -> None:
-        """From now on, `storage` is that of this block: the block is freed when the storage is."""
+    def _watch_storage(self, storage: torch.UntypedStorage, block: int, size: int) -> None:
+        """Give the block to `storage` from now on: it is freed when the storage is."""
         key = storage._cdata
         weak = weakref.ref(storage, lambda _: self._storage_ended(key, block))
         self.live[key] = Live(block, size, weak)
@@ -183,7 +184,7 @@ class Recorder(TorchDispatchMode):
         live = self.live.get(key)
         if live is not None and live.block == block:
             del self.live[key]
-            self._end(block, live.bytes)
+            self._free_when_read(block, live.bytes)
 
     def block_of(self, tensor: Tensor) -> int | None:
         live = self.live.get(tensor.untyped_storage()._cdata)
@@ -191,43 +192,43 @@ class Recorder(TorchDispatchMode):
 
     def empty_cache(self) -> None:
         """Record that the GPU's allocator returns its free segments."""
-        self._begin(0, "temporaries", "empty_cache")
+        self._allocate(0, "temporaries", "empty_cache")
 
-    def _begin(self, size: int, category: str | None, op: OpOverload | str) -> int:
-        for ended, ended_bytes in self.pending.over():
-            self._freed(ended, ended_bytes)
+    def _allocate(self, size: int, category: str | None, op: OpOverload | str) -> int:
+        for ended, ended_bytes in self.pending.take_read():
+            self._free(ended, ended_bytes)
         block = len(self.blocks)
-        self.in_place_of = -1
+        self.in_place_of = None
         stream = Stream.current.stream_id if self.gpu is not None else 0
         moment = self.phase, self.segment, self.recomputing
         self.blocks.append(Allocation(str(op), *moment, stream, category))
         self.log.append((block, size, self.phase))
         return block
 
-    def _end(self, block: int, size: int) -> None:
+    def _free_when_read(self, block: int, size: int) -> None:
         if self.pending.keeps(block, size):
             self.log.append((block, 0, self.phase))
         else:
-            self._freed(block, size)
+            self._free(block, size)
 
-    def _freed(self, block: int, size: int) -> None:
+    def _free(self, block: int, size: int) -> None:
         if block == self.in_place_of:
             result, result_bytes, _ = self.log[self.in_place_at]
             if result_bytes == size:
                 # Autograd has added in place: the result's allocation is undone, and its storage is
                 # that of the block.
                 del self.log[self.in_place_at]
-                self.in_place_of = -1
+                self.in_place_of = None
                 for live in list(self.live.values()):
                     storage = live.storage()
                     if live.block == result and storage is not None:
-                        self._follow(storage, block, live.bytes)
+                        self._watch_storage(storage, block, live.bytes)
                 return
         self.log.append((block, -size, self.phase))
         self.blocks[block].ended = self.segment
 
-    def _used(self, tensor: Tensor, stream: torch.Stream) -> None:
-        """`Tensor.record_stream`: what ends is free once that stream has come so far."""
+    def _record_stream(self, tensor: Tensor, stream: torch.Stream) -> None:
+        """Handle `Tensor.record_stream`: keep the block until `stream` has come so far."""
         block = self.block_of(tensor)
         if block is not None and stream.stream_id != self.blocks[block].stream:
             self.pending.use(block, Stream(number=stream.stream_id))
@@ -235,25 +236,23 @@ class Recorder(TorchDispatchMode):
     def claim(self, category: str, tensors: Iterable[object]) -> None:
         """Assign tensors to `category`; those from before the recording are recorded now."""
         for tensor in tensors:
-            if isinstance(tensor, Tensor) and self._is_here(tensor):
-                self._see(tensor, category)
+            if isinstance(tensor, Tensor) and self._is_on_device(tensor):
+                self._record_tensor(tensor, category)
                 block = self.block_of(tensor)
                 if block is not None and self.blocks[block].category is None:
                     self.blocks[block].category = category
 
-    def category(self, number: int) -> str:
+    def category(self, block_number: int) -> str:
         """Return the category of a block, as far as it is known now."""
-        return self.blocks[number].category or "temporaries"
+        return self.blocks[block_number].category or "temporaries"
 
     def events(self) -> list[Event]:
-        """All changes so far."""
+        """Return all changes so far."""
         categories = list(map(self.category, range(len(self.blocks))))
         out = []
-        allocated = set[int]()
         for block, size, phase in self.log:
             allocation = self.blocks[block]
-            requests_free = not size and block in allocated
-            allocated.add(block)
+            requests_free = not size and allocation.op != "empty_cache"
             origin = allocation.op, allocation.stream, requests_free
             out.append(Event(block, size, categories[block], phase, *origin))
         return out

@@ -1,7 +1,7 @@
 """Streams and events of a GPU that is not there.
 
 A GPU runs behind its host: what was launched counts as done when somebody has waited for it, or
-when MOST_AHEAD launches have followed on its stream. Until then the allocator keeps what another
+when MAX_AHEAD launches have followed on its stream. Until then the allocator keeps what another
 stream may still read (`Tensor.record_stream`). A GPU that keeps up with its host needs less.
 """
 
@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 
-MOST_AHEAD = 1024  # launches that a stream can hold
-MOST_ASKED = 1000  # times that an event is not over, so that a loop that asks for it ends
+MAX_AHEAD = 1024  # launches that a stream can hold
+MAX_QUERIES = 1000  # times that an event is not done, so that a loop that asks for it ends
 
 
 class Work:
@@ -24,7 +24,7 @@ class Work:
 
     def launch(self) -> None:
         self.launched += 1
-        self.finish(self.launched - MOST_AHEAD)
+        self.finish(self.launched - MAX_AHEAD)
 
     def finish(self, number: int) -> None:
         """Count the launches up to `number` as done, and what they have waited for."""
@@ -54,7 +54,7 @@ class Stream(torch.Stream):
     ) -> "Stream":
         number = max(cls.works, default=0) + 1 if number is None else number
         out = super().__new__(cls, stream_id=number, device_index=0, device_type=1)
-        cls.works[number]  # it has no work yet
+        cls.works[number]  # makes its Work if there is none
         return out
 
     def __init__(self, *_: object, **__: object) -> None:
@@ -80,23 +80,23 @@ class Stream(torch.Stream):
         self.work.finish(self.work.launched)
 
     def record_event(self, event: Any = None) -> Any:
-        event = event or Event()
+        event = event or CudaEvent()
         event.record(self)
         return event
 
 
-class Event:
+class CudaEvent:
     """Stands for `torch.cuda.Event`: a place in the work of a stream."""
 
     def __init__(self, *_: object, **__: object):
-        self.work = Work()  # over, until the event is recorded
+        self.work = Work()  # done, until the event is recorded
         self.number = 0
-        self.asked = 0
+        self.num_queries = 0
 
     def record(self, stream: Stream | None = None) -> None:
         self.work = (stream or Stream.current).work
         self.number = self.work.launched
-        self.asked = 0
+        self.num_queries = 0
 
     def wait(self, stream: Stream | None = None) -> None:
         (stream or Stream.current).wait_event(self)
@@ -105,16 +105,16 @@ class Event:
         self.work.finish(self.number)
 
     @property
-    def is_over(self) -> bool:
+    def is_done(self) -> bool:
         return self.work.done >= self.number
 
     def query(self) -> bool:
-        self.asked += 1
-        if self.asked > MOST_ASKED:
+        self.num_queries += 1
+        if self.num_queries > MAX_QUERIES:
             self.synchronize()
-        return self.is_over
+        return self.is_done
 
-    def elapsed_time(self, end: "Event") -> float:
+    def elapsed_time(self, end: "CudaEvent") -> float:
         return 1.0
 
 
@@ -123,22 +123,24 @@ class PendingFrees:
 
     def __init__(self) -> None:
         self.uses: dict[int, set[Stream]] = {}  # of blocks that have not ended
-        self.pending: list[tuple[int, int, list[Event]]] = []
+        # Block and its bytes -> the events that its free waits for.
+        self.pending: dict[tuple[int, int], list[CudaEvent]] = {}
 
     def use(self, block: int, stream: Stream) -> None:
         self.uses.setdefault(block, set()).add(stream)
 
     def keeps(self, block: int, size: int) -> bool:
-        """Return True if a block that ends is still read: it is then one of `over` later."""
+        """Return True if a block that ends is still read: `take_read` returns it later."""
         if block not in self.uses:
             return False
         events = [stream.record_event() for stream in self.uses.pop(block)]
-        self.pending.append((block, size, events))
+        self.pending[block, size] = events
         return True
 
-    def over(self) -> list[tuple[int, int]]:
+    def take_read(self) -> list[tuple[int, int]]:
         """Take out the ended blocks that no stream reads any more, each with its bytes."""
-        over = [entry for entry in self.pending if all(event.is_over for event in entry[2])]
-        if over:
-            self.pending = [entry for entry in self.pending if entry not in over]
-        return [(block, size) for block, size, _ in over]
+        pending = self.pending.items()
+        completed = [freed for freed, events in pending if all(event.is_done for event in events)]
+        for freed in completed:
+            del self.pending[freed]
+        return completed

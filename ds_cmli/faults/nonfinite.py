@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_cmli.distributed.process_group import CollectiveFlags
+from ds_cmli.distributed.process_group import CollectiveFlags, gather_objects
 
 SHOWN = 8  # samples listed on the terminal; metrics.jsonl lists all of them
 
@@ -33,7 +33,7 @@ def count_at_lowest_scale(optimizer: Any) -> None:
 
 
 def skipped_samples(
-    window: list[tuple[Tensor, Tensor]], optimizer: Any, flags: CollectiveFlags
+    micro_batches: list[tuple[Tensor, Tensor]], optimizer: Any, flags: CollectiveFlags
 ) -> list[int]:
     """Return the samples of a skipped step, as sorted indices into the training set.
 
@@ -42,11 +42,12 @@ def skipped_samples(
     sync.
 
     Args:
-        window: index [B] and loss (a scalar) of each micro-batch of this rank.
+        micro_batches: index [B] and loss (a scalar) of each micro-batch of this rank.
         optimizer: DeepSpeed's.
     """
-    local_batches = [(index.tolist(), bool(loss.isfinite())) for index, loss in window]
-    batches = [batch for batches in flags.gather(local_batches) for batch in batches]  # collective
+    local_batches = [(index.tolist(), bool(loss.isfinite())) for index, loss in micro_batches]
+    gathered = gather_objects(local_batches, flags.group)  # collective
+    batches = [batch for batches_of_rank in gathered for batch in batches_of_rank]
     bad_samples = [sample for samples, finite in batches if not finite for sample in samples]
     # fp16 has a loss scaler; a dynamic one has a `min_scale`.
     scaler: Any = getattr(optimizer, "loss_scaler", None)
@@ -55,7 +56,7 @@ def skipped_samples(
     return sorted(sample for samples, _ in batches for sample in samples)
 
 
-def line(step: int, samples: list[int]) -> str:
+def skipped_line(step: int, samples: list[int]) -> str:
     """Return the terminal's line about a skipped step."""
     shown = ", ".join(map(str, samples[:SHOWN]))
     more = f" and {len(samples) - SHOWN} more" if len(samples) > SHOWN else ""

@@ -41,11 +41,11 @@ def handled() -> Iterator[None]:
     for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
         # Under nohup HUP stays ignored.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            handlers[number] = signal.signal(number, _note)
+            handlers[number] = signal.signal(number, _request_end)
     # `torchrun` is the parent of its ranks. Between `deepspeed` and its ranks stands a process that
     # survives it. `srun` ends its tasks itself.
-    generations = 2 if "CROSS_RANK" in os.environ else int("TORCHELASTIC_RUN_ID" in os.environ)
-    launchers = psutil.Process().parents()[:generations]
+    num_launchers = 2 if "CROSS_RANK" in os.environ else int("TORCHELASTIC_RUN_ID" in os.environ)
+    launchers = psutil.Process().parents()[:num_launchers]
     ended = threading.Event()
     threading.Thread(target=_watch_launcher, args=(launchers, ended), daemon=True).start()
     try:
@@ -57,12 +57,12 @@ def handled() -> Iterator[None]:
         _requested.clear()
 
 
-def _note(number: int, frame: FrameType | None) -> None:
+def _request_end(number: int, frame: FrameType | None) -> None:
     name = signal.Signals(number).name
-    now = time.monotonic()
-    if number == signal.SIGINT and any(n == name and now - at > SAME_PRESS for n, at in _requested):
+    last_press = time.monotonic() - SAME_PRESS
+    if number == signal.SIGINT and any(n == name and at < last_press for n, at in _requested):
         raise KeyboardInterrupt
-    _requested.append((name, now))
+    _requested.append((name, time.monotonic()))
 
 
 def _watch_launcher(launchers: list[psutil.Process], ended: threading.Event) -> None:
@@ -73,13 +73,13 @@ def _watch_launcher(launchers: list[psutil.Process], ended: threading.Event) -> 
             return
 
 
-def shield(worker: int) -> None:
+def block_signals(worker: int) -> None:
     """Block the signals in a data loading process, whose data the rank still needs."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
 def _end_loaders() -> None:
-    """End what `shield` made deaf for TERM, for which multiprocessing would wait for ever."""
+    """Kill the data loading processes: they block TERM, and multiprocessing would wait for ever."""
     # PyTorch's handler would report the killed processes as crashed.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():

@@ -26,7 +26,7 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed import this_node
 from ds_cmli.errors import lost_connection, one_line
 from ds_cmli.faults.diagnosis import (
-    EXIT_CODE,
+    FAULT_EXIT_CODE,
     GRACE,
     Fault,
     RankRecord,
@@ -50,7 +50,7 @@ class Verdict(NamedTuple):
     turn: int = -1  # number of the publication
     deputy: int = 1  # the rank that prints if rank 0 is silent: the first one of another node
     exit_code: int = 0  # with which all ranks end; 0: they go on
-    root: Sequence = ()  # the state of rank 0
+    root_state: Sequence = ()  # of rank 0
 
 
 class Watchdog:
@@ -69,21 +69,22 @@ class Watchdog:
         self.num_ranks = distributed.world_size()
         self.main_thread = threading.get_ident()
         self.name = f"watchdog/{next(_numbers)}"
+        self.is_ending = threading.Lock()  # taken by the thread that ends the process
+        # Written by the main thread.
+        self.closed = threading.Event()
         self.step: int | None = None  # optimizer steps done
         self.heartbeats = 0
-        self.progress: Callable[[], object] | None = None
-        self.last_progress: object = None
-        self.num_changes = 0  # of what `progress` returns
         self.is_slow = True
-        # The line at which a connection to another rank has broken; "": none has.
-        self.lost_at = ""
+        self.read_progress: Callable[[], object] | None = None
+        self.lost_at = ""  # the line at which a connection to another rank has broken
         self.error = ""  # this rank's own, which ends it
         self.exit_code = 0
+        # Written by the thread of `_exchange`.
+        self.last_read: object = None
+        self.num_changes = 0  # of what `read_progress` returns
         self.turn = 0  # number of publications
-        self.is_store_lost = False
-        self.is_ending = threading.Lock()  # taken by the thread that ends the process
-        self.closed = threading.Event()
         self.verdict = Verdict()
+        self.is_store_lost = False
 
     def heartbeat(self, step: int | None = None) -> None:
         """Report progress; `step`, at the beginning of a step: how many are done so far."""
@@ -101,13 +102,13 @@ class Watchdog:
         self.is_slow = was_slow
 
     @contextmanager
-    def counting(self, progress: Callable[[], object]) -> Iterator[None]:
-        """Count each change of what `progress` returns, as of fetched bytes, as progress inside."""
-        self.progress = progress
+    def counting(self, read_progress: Callable[[], object]) -> Iterator[None]:
+        """Count each change of the result, as of fetched bytes, as progress inside."""
+        self.read_progress = read_progress
         try:
             yield
         finally:
-            self.progress = None
+            self.read_progress = None
 
     def __enter__(self) -> "Watchdog":
         targets = (self._exchange, self._watch) if self.timeout else ()
@@ -116,7 +117,7 @@ class Watchdog:
             thread.start()
         return self
 
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, traceback: object) -> None:
         """Publish this rank's error; after a lost connection, wait until the cause is printed."""
         if self.timeout and self.num_ranks > 1 and error is not None:
             if lost_connection(error):
@@ -134,11 +135,11 @@ class Watchdog:
         self.closed.set()
 
     def _state(self) -> RankState:
-        progress = self.progress
-        if progress is not None:
-            current = progress()
-            self.num_changes += current != self.last_progress
-            self.last_progress = current
+        read_progress = self.read_progress
+        if read_progress is not None:
+            progress = read_progress()
+            self.num_changes += progress != self.last_read
+            self.last_read = progress
         waits, place = _position(sys._current_frames().get(self.main_thread))
         return RankState(
             node=this_node(),
@@ -177,16 +178,18 @@ class Watchdog:
 
     def _judge(self, store: dist.Store, records: list[RankRecord]) -> None:
         """Read the states of all ranks, and publish whether the job ends; on rank 0."""
-        known = [rank for rank, record in enumerate(records) if record.state is not None]
-        known += [r for r, x in enumerate(records) if x.state is None and store.check([str(r)])]
-        published = dict(zip(known, store.multi_get([str(rank) for rank in known]), strict=True))
+        # A rank that has never published has no key, for which `multi_get` would wait.
+        started = [r for r, x in enumerate(records) if x.state is not None or store.check([str(r)])]
+        publications = store.multi_get([str(rank) for rank in started])
+        published = dict(zip(started, publications, strict=True))
         for rank, record in enumerate(records):
             turn, *values = json.loads(published[rank]) if rank in published else [-1]
             record.update(turn, RankState(*values) if values else None, self.interval)
-        elsewhere = [r for r, x in enumerate(records) if x.state and x.state.node != this_node()]
+        distant = [r for r, x in enumerate(records) if x.state and x.state.node != this_node()]
+        deputy = distant[0] if distant else 1
         fault = diagnose(records, self.timeout)
         exit_code = 0 if fault is None else fault.exit_code
-        self.verdict = Verdict(self.turn, [*elsewhere, 1][0], exit_code, records[0].state or ())
+        self.verdict = Verdict(self.turn, deputy, exit_code, records[0].state or ())
         store.set(VERDICT, json.dumps(self.verdict))
         if fault is not None:
             self._end(fault)
@@ -194,29 +197,30 @@ class Watchdog:
     def _watch(self) -> None:
         """End the process by the verdict, or when rank 0 or the store does not answer."""
         turn = verdict_turn = -1
-        # Seconds in which the store has not answered, and in which rank 0 has published nothing.
-        # They are counted in turns, because the whole job may have been suspended.
-        unanswered = silent = 0.0
+        # Seconds are counted in turns, because the whole job may have been suspended.
+        seconds_unanswered = 0.0  # by the store
+        seconds_silent = 0.0  # without a publication of rank 0
         while not self.closed.wait(self.interval):
             verdict = self.verdict
             if verdict.exit_code and self.rank > 0:
                 self._end(Fault("", verdict.exit_code))
-            unanswered = unanswered + self.interval if turn == self.turn else 0.0
-            silent = silent + self.interval if verdict_turn == verdict.turn else 0.0
+            seconds_unanswered = seconds_unanswered + self.interval if turn == self.turn else 0.0
+            seconds_silent = seconds_silent + self.interval if verdict_turn == verdict.turn else 0.0
             turn = self.turn
             verdict_turn = verdict.turn
             limit = max_silence(self.timeout, bool(self.lost_at))
             if self.is_store_lost and self.lost_at:
                 reason = "its process has ended"
-            elif unanswered > limit or (unanswered and silent > limit):
+            elif seconds_unanswered > limit or (seconds_unanswered and seconds_silent > limit):
                 reason = "its store does not answer"
-            elif silent > limit and self.rank > 0:
+            elif seconds_silent > limit and self.rank > 0:
                 reason = f"no progress for {limit:g} s, dead or stopped"
             else:
                 continue
-            is_deputy = self.rank == min(verdict.deputy, self.num_ranks - 1)
-            line = rank_line(0, RankState(*verdict.root) if verdict.root else None, reason)
-            self._end(Fault(line if is_deputy else "", EXIT_CODE))
+            is_deputy = self.rank == min(verdict.deputy, self.num_ranks - 1)  # 0 if it is alone
+            root_state = RankState(*verdict.root_state) if verdict.root_state else None
+            line = rank_line(0, root_state, reason)
+            self._end(Fault(line if is_deputy else "", FAULT_EXIT_CODE))
 
     def _end(self, fault: Fault) -> None:
         """Print the line of a fault, and end the process."""

@@ -1,1 +1,1 @@
-"""Memory of a training step: the document's estimates, predicted without a GPU, measured."""
+"""Memory of a training step: predicted without a GPU, or measured on one."""

@@ -20,21 +20,22 @@ from ds_cmli.engine import TrainEngine
 from ds_cmli.fake_cuda.recorder import Recorder
 from ds_cmli.memory_model.gpus import Gpu
 
-AFTER = {"backward": "optimizer", "optimizer": "forward"}  # the phase that begins at a phase's end
+# The phase that begins at a phase's end.
+NEXT_PHASE = {"backward": "optimizer", "optimizer": "forward"}
 # Attributes of DeepSpeed's optimizers, stages 1 to 3, that hold tensors.
 PARAMETERS = (
     "bit16_groups_flat fp16_partitioned_groups_flat fp16_groups_flat bf16_groups_flat "
     "lp_param_buffer"
 )
-MASTER = "single_partition_of_fp32_groups fp32_partitioned_groups_flat fp32_groups_flat_partition"
+MASTERS = "single_partition_of_fp32_groups fp32_partitioned_groups_flat fp32_groups_flat_partition"
 GRADIENTS = (
     "averaged_gradients all_grad_tensors grad_partitions_flat_buffer fp32_groups_gradients_flat"
 )
 # Functions in these files stand between an operator and the code that calls it; the second one is
 # `functional.linear` under ZeRO-3.
-BETWEEN = ("/torch/", "/fake_cuda/", "deepspeed/runtime/zero/linear.py", __file__)
+SKIPPED_FILES = ("/torch/", "/fake_cuda/", "deepspeed/runtime/zero/linear.py", __file__)
 # Categories of what code in these files allocates, and nobody owns.
-OF_FILES = {
+CATEGORY_BY_FILE = {
     "ds_cmli/cmli/op.py": "CMLI op",
     "ds_cmli/cmli/sides.py": "CMLI op",
     "ds_cmli/cmli/triton_": "CMLI op",
@@ -46,7 +47,7 @@ OF_FILES = {
 
 
 def owners(train_engine: TrainEngine) -> Iterator[tuple[str, object]]:
-    """Yield (category, tensors in nestings); the first category of a storage is right."""
+    """Yield categories and their tensors, nested; the first category of a storage counts."""
     teacher = train_engine.teacher
     module = train_engine.engine.module
     optimizer = train_engine.engine.optimizer
@@ -57,7 +58,7 @@ def owners(train_engine: TrainEngine) -> Iterator[tuple[str, object]]:
 
     parameters = list(module.parameters())
     # Without master weights the optimizer holds the module's own parameters.
-    updated = tree_leaves([[group["params"] for group in inner.param_groups], attributes(MASTER)])
+    updated = tree_leaves([[group["params"] for group in inner.param_groups], attributes(MASTERS)])
     if teacher is not None:
         yield "teacher", [*teacher.parameters(), *teacher.buffers()]
     yield "parameters", [*parameters, *module.buffers(), *attributes(PARAMETERS)]
@@ -80,14 +81,14 @@ class TrainingRecorder(Recorder):
 
     def __init__(self, device: str = "cuda", gpu: Gpu | None = None):
         super().__init__(device, gpu)
-        self.last_of_init = 0  # the last segment before the first step
-        self.by_file: dict[int, str] = {}  # blocks of OF_FILES
+        self.last_init_segment = 0  # the last segment before the first step
+        self.category_by_block: dict[int, str] = {}  # by CATEGORY_BY_FILE
 
     @contextmanager
     def attach(self, train_engine: TrainEngine) -> Iterator[None]:
         """Inside, follow the phases of the engine's steps, and read what it owns."""
         self.train_engine = train_engine
-        self.last_of_init = self.segment
+        self.last_init_segment = self.segment
 
         def before_student(*_: object) -> None:
             if self.phase != "forward":  # gradient caching runs several, with no update between
@@ -121,9 +122,9 @@ class TrainingRecorder(Recorder):
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
-        """A phase of the step, or what allocations inside belong to."""
+        """Mark a phase of the step, or the category of the allocations inside."""
         previous = self.scoped
-        if name in AFTER:
+        if name in NEXT_PHASE:
             self.begin(name)
         else:
             self.scoped = "exchanged text" if name == "exchange" else name
@@ -131,36 +132,36 @@ class TrainingRecorder(Recorder):
             yield
         finally:
             self.scoped = previous
-            if name in AFTER:
-                self.begin(AFTER[name])
+            if name in NEXT_PHASE:
+                self.begin(NEXT_PHASE[name])
 
     # --- categories
 
-    def _begin(self, size: int, category: str | None, op: OpOverload | str) -> int:
+    def _allocate(self, size: int, category: str | None, op: OpOverload | str) -> int:
         if category is None or category == "temporaries":
-            file = self._allocating()
-            names = [name for part, name in OF_FILES.items() if part in file]
-            # Owners know the blocks that stay of an engine's construction.
+            file = self._allocating_file()
+            names = [name for part, name in CATEGORY_BY_FILE.items() if part in file]
+            # Blocks of the engine's construction that stay are claimed by `owners`.
             if names and (self.phase != "init" or names[0] == "ZeRO buckets"):
-                self.by_file[len(self.blocks)] = names[0]
-        return super()._begin(size, category, op)
+                self.category_by_block[len(self.blocks)] = names[0]
+        return super()._allocate(size, category, op)
 
-    def category(self, number: int) -> str:
-        block = self.blocks[number]
+    def category(self, block_number: int) -> str:
+        block = self.blocks[block_number]
         category = block.category
         if category is None or category == "temporaries":
-            category = self.by_file.get(number, category)
+            category = self.category_by_block.get(block_number, category)
         if category is not None:
             return category
         temporary = block.ended == block.segment
         if (block.phase in ("forward", "loss") or block.recomputed) and not temporary:
             return "activations student"
-        if block.phase == "init" and (block.ended is None or block.ended > self.last_of_init):
+        if block.phase == "init" and (block.ended is None or block.ended > self.last_init_segment):
             return "ZeRO buckets"  # what the engine allocates once and keeps
         return "temporaries"
 
-    def _allocating(self) -> str:
-        """The file of the innermost Python code that is not BETWEEN.
+    def _allocating_file(self) -> str:
+        """Return the innermost Python file that is none of SKIPPED_FILES.
 
         In backward "" is autograd itself, whose caller says nothing.
         """
@@ -169,7 +170,7 @@ class TrainingRecorder(Recorder):
             file = frame.f_code.co_filename
             if self.phase == "backward" and frame.f_code.co_name == "_engine_run_backward":
                 return ""
-            if not any(part in file for part in BETWEEN):
+            if not any(part in file for part in SKIPPED_FILES):
                 return file
             frame = frame.f_back
         return ""

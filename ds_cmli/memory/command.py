@@ -21,7 +21,7 @@ from ds_cmli.errors import UserError, blame
 from ds_cmli.files import JsonObject, check_writable
 from ds_cmli.libraries import silence
 from ds_cmli.memory.progress import Progress
-from ds_cmli.memory.report import Report, by_retries, gigabytes, plot, show
+from ds_cmli.memory.report import Report, gigabytes, plot, retries_clause, show
 from ds_cmli.memory_model import gpus
 from ds_cmli.memory_model.gpus import Gpu
 
@@ -55,75 +55,75 @@ UNCOMPILED = "run.compile: predicted without, as what a compiler keeps shows onl
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="The report, in bytes.")
 @click.option("--plot", metavar="FILE", help="What is live over two steps, as a picture.")
 @click.option("--snapshot", type=click.Path(dir_okay=False), help="For pytorch.org/memory_viz.")
-def command(deepspeed_config: str, settings: Sections, **options: Any) -> int:
+def command(deepspeed_config: str, settings: Sections, **values: Any) -> int:
     """Predict the memory of a training step by category and phase, and on the device.
 
     The exit code is 3 where --fit finds nothing that fits, or the step does not fit on --gpu.
     """
-    chosen = SimpleNamespace(**options)
-    if chosen.plot:
+    options = SimpleNamespace(**values)
+    if options.plot:
         with blame("--plot"):
             import matplotlib  # noqa: F401
-        if not chosen.plot.endswith((".png", ".svg", ".pdf")):
-            raise UserError(f"--plot is {chosen.plot!r}: end its name in .png, .svg or .pdf")
-    for path in (chosen.plot, chosen.snapshot, chosen.json_path):
+        if not options.plot.endswith((".png", ".svg", ".pdf")):
+            raise UserError(f"--plot is {options.plot!r}: end its name in .png, .svg or .pdf")
+    for path in (options.plot, options.snapshot, options.json_path):
         if path:
             check_writable(path)
     config = load_preset(None, settings)
     silence()
     ds_config = DeepSpeedConfig.load(deepspeed_config)
-    if chosen.checkpointing:
-        section: JsonObject | None = None if chosen.checkpointing == "off" else {}
+    if options.checkpointing:
+        section: JsonObject | None = None if options.checkpointing == "off" else {}
         ds_config = DeepSpeedConfig.of({**ds_config, "activation_checkpointing": section})
-    report, fits = predict(config, ds_config, chosen)
-    if chosen.snapshot:
+    report, fits = predict(config, ds_config, options)
+    if options.snapshot:
         from ds_cmli.memory_model import snapshot
 
         with blame("--snapshot"):
-            snapshot.write(report.events, chosen.snapshot)
-    if chosen.plot:
+            snapshot.write(report.events, options.snapshot)
+    if options.plot:
         with blame("--plot"):
-            plot(report, chosen.plot)
-    if chosen.json_path:
+            plot(report, options.plot)
+    if options.json_path:
         with blame("--json"):
-            Path(chosen.json_path).write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+            Path(options.json_path).write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     return 0 if fits else 3
 
 
 def predict(
-    config: Config, ds_config: DeepSpeedConfig, chosen: SimpleNamespace
+    config: Config, ds_config: DeepSpeedConfig, options: SimpleNamespace
 ) -> tuple[Report, bool]:
     """Print one setting, or the largest micro-batch that fits; return its report, and if it fits.
 
-    `chosen` are the command's options.
+    `options` are the command's.
     """
     from ds_cmli.memory.largest_batch import find_largest_batch
     from ds_cmli.memory.step_memory import Step, predicted_worst
 
-    listed = gpus.chosen(chosen.gpu, chosen.gpu_memory, chosen.sm)
-    room, fitted_gpu = parse_memory(chosen.fit) if chosen.fit else (0, None)
+    listed = gpus.from_options(options.gpu, options.gpu_memory, options.sm)
+    room, fitted_gpu = parse_memory(options.fit) if options.fit else (0, None)
     gpu = listed or gpus.find(fitted_gpu or default_gpu())
     if config.run.compile != "off":
         click.echo(UNCOMPILED, err=True)
     if gpu.capability[0] == 10:
         click.echo(triton_line(gpu), err=True)
-    step = Step(config, ds_config, chosen.world_size)
-    if chosen.fit:
-        found = find_largest_batch(step, gpu, room, Progress())
-        print(fit_sentence(found, room))
-        print(meant(chosen.fit, room, fitted_gpu or "", gpu, found.report))
-        show(found.report)
-        sizes = gigabytes(*found.tried.values())
-        tried = ", ".join(f"{n}: {size} GB" for n, size in zip(found.tried, sizes, strict=True))
+    step = Step(config, ds_config, options.world_size)
+    if options.fit:
+        largest = find_largest_batch(step, gpu, room, Progress())
+        print(fit_sentence(largest, room))
+        print(room_sentence(options.fit, room, fitted_gpu or "", gpu, largest.report))
+        show(largest.report)
+        sizes = gigabytes(*largest.tried.values())
+        tried = ", ".join(f"{n}: {size} GB" for n, size in zip(largest.tried, sizes, strict=True))
         print(f"tried, micro-batch: on the device: {tried}")
-        return found.report, found.micro_batch > 0
+        return largest.report, largest.micro_batch > 0
     progress = Progress(num_trials=1)
-    progress.begin(f"a step of one of {chosen.world_size} ranks, on tensors without data")
-    report = predicted_worst(step, gpu, gpu.total.bytes)
+    progress.begin(f"a step of one of {options.world_size} ranks, on tensors without data")
+    report = predicted_worst(step, gpu, gpu.total_bytes)
     progress.end()
     print(sentence(report, gpu))
     show(report)
-    return report, listed is None or report.totals["device"] <= listed.total.bytes
+    return report, listed is None or report.totals["device"] <= listed.total_bytes
 
 
 def triton_line(gpu: Gpu) -> str:
@@ -142,7 +142,7 @@ def parse_memory(text: str) -> tuple[int, str | None]:
     if size is not None:
         return size, None
     gpu = gpus.find(text, "--fit")
-    return gpu.total.bytes, gpu.name
+    return gpu.total_bytes, gpu.name
 
 
 def default_gpu() -> str:
@@ -160,11 +160,9 @@ def default_gpu() -> str:
 
 def sentence(report: Report, gpu: Gpu) -> str:
     """Answer in one sentence whether the step fits on `gpu`."""
-    total = gpu.total.bytes
+    total = gpu.total_bytes
     occupied = report.totals["device"]
-    occupied_gb, available = gigabytes(occupied, total)
-    digits = len(available.partition(".")[2])
-    (difference,) = gigabytes(abs(occupied - total), digits=digits)
+    occupied_gb, available, difference = gigabytes(occupied, total, abs(occupied - total))
     setting = report.setting
     step = f"micro-batch {setting['micro_batch']} with ZeRO-{setting['zero_stage']}"
     step += f" over {setting['world_size']} GPUs"
@@ -176,26 +174,26 @@ def sentence(report: Report, gpu: Gpu) -> str:
     if occupied > total:
         verdict = f"does not fit on a {gpu.name} ({available} GB), by {difference} GB"
         return f"{needs} and {verdict}: --fit {gpu.name!r} finds what does"
-    left = f"{difference} GB are left{by_retries(report.retries)}"
+    left = f"{difference} GB are left{retries_clause(report.retries)}"
     return f"{needs} and fits on a {gpu.name} ({available} GB), {left}"
 
 
-def fit_sentence(found: "LargestBatch", room: int) -> str:
+def fit_sentence(largest: "LargestBatch", room: int) -> str:
     """Answer in one sentence what fits, and what one pair more needs."""
-    more = found.tried.get(found.micro_batch + 1)
-    size, one_more = gigabytes(room, more or room)
-    if not found.micro_batch:
+    one_more_bytes = largest.tried.get(largest.micro_batch + 1)
+    size, one_more = gigabytes(room, one_more_bytes or room)
+    if not largest.micro_batch:
         return f"does not fit in {size} GB: one pair needs {one_more} GB"
-    answer = f"fits in {size} GB with micro-batch {found.micro_batch}"
-    answer += by_retries(found.report.retries)
-    if more is not None:
-        answer += f"; {found.micro_batch + 1} needs {one_more} GB"
-    if found.report.margin:
-        answer += f"; {found.report.margin} may be reserved"
+    answer = f"fits in {size} GB with micro-batch {largest.micro_batch}"
+    answer += retries_clause(largest.report.retries)
+    if one_more_bytes is not None:
+        answer += f"; {largest.micro_batch + 1} needs {one_more} GB"
+    if largest.report.margin:
+        answer += f"; {largest.report.margin} may be reserved"
     return answer
 
 
-def meant(fit: str, room: int, fitted_gpu: str, gpu: Gpu, report: Report) -> str:
+def room_sentence(fit: str, room: int, fitted_gpu: str, gpu: Gpu, report: Report) -> str:
     """Say what --fit was taken for, and how much of it tensors can have."""
     usable = max(room - (report.totals["device"] - report.totals["reserved"]), 0)
     overhead = "CUDA's context"

@@ -25,7 +25,7 @@ def without_weights(config: Config) -> tuple[Config, int]:
     """
     student = replace(config.student, source="")
     data = config.data
-    vocab_size = None
+    vocab_size: int | None = None  # None: that of the text model's family
     if student.source_config:
         vocab_size = 0  # its text encoder has its own table
     elif student.text_weights == "random" or Path(student.text_weights).is_file():
@@ -73,7 +73,8 @@ def longest_batch(config: Config, micro_batch: int, positions: int | None = None
     attention_mask = torch.ones(B, M, dtype=torch.bool)
     attention_mask[0, -1] = config.data.padding == "full"
     token_mask = attention_mask.clone()
-    token_mask[:, :: M - 1] = False  # [CLS] and [SEP]
+    token_mask[:, 0] = False  # [CLS]
+    token_mask[:, -1] = False  # [SEP]
     token_mask[0, -2] = False
     input_ids = torch.zeros(B, M, dtype=torch.int64)
     # If all tokens are alike, gradients can be not finite, and the optimizer step is skipped.

@@ -39,12 +39,12 @@ def find_largest_batch(step: Step, gpu: Gpu, room: int, progress: Progress) -> L
         tried[micro_batch] = report.totals["device"]
         return tried[micro_batch]
 
-    micro_batch = largest(needs, room)
+    micro_batch = largest_that_fits(needs, room)
     progress.end()
     return LargestBatch(micro_batch, reports[max(micro_batch, 1)], dict(sorted(tried.items())))
 
 
-def largest(needs: Callable[[int], int], room: int, max_batch: int = MAX_BATCH) -> int:
+def largest_that_fits(needs: Callable[[int], int], room: int, max_batch: int = MAX_BATCH) -> int:
     """Return an n of 1 to `max_batch` with needs(n) <= room < needs(n + n // 200 + 1); 0: none.
 
     `needs` must grow with n. Sizes that differ by less than half a percent are not told apart: the
@@ -75,16 +75,17 @@ def resolution(n: int) -> int:
 def next_guess(sizes: Mapping[int, int], room: int, low: int, high: int) -> int:
     """Return the next n to try, between `low`, which fits, and `high`.
 
-    Sizes are nearly linear in n, so it comes from the line through the two that enclose the room,
-    or through the two largest. As they may jump in between, every second n halves the distance.
+    Sizes are nearly linear in n, so the guess comes from the line through the two that enclose the
+    room, or through the two largest. Because they may jump in between, every second n bisects.
     """
     enclosed = high in sizes
-    a, b = (low, high) if enclosed else sorted(sizes)[-2:]
-    halves = enclosed and len(sizes) % 2 == 0
-    if halves or sizes[a] == sizes[b]:
+    lower, upper = (low, high) if enclosed else sorted(sizes)[-2:]
+    bisects = enclosed and len(sizes) % 2 == 0
+    if bisects or sizes[lower] == sizes[upper]:
         guess = (low + min(high, MAX_GROWTH * low)) // 2
     else:
-        guess = a + (room - sizes[a]) * (b - a) // (sizes[b] - sizes[a])
+        slope_bytes = sizes[upper] - sizes[lower]
+        guess = lower + (room - sizes[lower]) * (upper - lower) // slope_bytes
     if not enclosed:
         # The line turns back where the allocator begins to free what it keeps.
         guess = max(guess, low + low // 16)

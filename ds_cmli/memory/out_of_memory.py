@@ -26,7 +26,6 @@ from ds_cmli.memory.categories import owners
 from ds_cmli.memory.profile import record_history
 from ds_cmli.memory_model import gpus
 
-EXIT_CODE = 2  # as for every mistake that the user can correct
 PHRASES = (
     "can't allocate memory",
     "not enough memory",
@@ -53,7 +52,7 @@ def ending(folder: Path, device: torch.device, raises: bool = False) -> Iterator
 
     Args:
         folder: the run's folder; on a GPU the snapshot is written there.
-        raises: whether a single rank raises `UserError` with the message and goes on.
+        raises: if there is one rank alone, raise `UserError` with the message instead.
     """
     snapshot = folder / f"out_of_memory-rank{distributed.rank()}.pickle"
     if device.type == "cuda":
@@ -64,11 +63,11 @@ def ending(folder: Path, device: torch.device, raises: bool = False) -> Iterator
     except (MemoryError, RuntimeError, OSError) as error:
         if not is_shortage(error):
             raise
-        fit = fit_options(device) if device.type == "cuda" else ""
-        sizes = held(engines, device)
+        fit_words = fit_options(device) if device.type == "cuda" else ""
+        sizes = held_bytes(engines, device)
         # The traceback's frames hold the step's tensors, and printing takes memory.
         traceback.clear_frames(error.__traceback__)
-        text = message(error, sizes, fit, "" if raises else shlex.join(sys.argv[1:]))
+        text = message(error, sizes, fit_words, "" if raises else shlex.join(sys.argv[1:]))
         if snapshot.exists():
             text += f"\n  snapshot for pytorch.org/memory_viz: {snapshot}"
         if raises and distributed.world_size() == 1:
@@ -76,10 +75,10 @@ def ending(folder: Path, device: torch.device, raises: bool = False) -> Iterator
         print(f"error: {text}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         # Not sys.exit: ending the process group would wait for collectives that never finish.
-        os._exit(EXIT_CODE)
+        os._exit(2)  # as for every mistake that the user can correct
 
 
-def held(engines: list[TrainEngine], device: torch.device) -> dict[str, int]:
+def held_bytes(engines: list[TrainEngine], device: torch.device) -> dict[str, int]:
     """Return the bytes of what the engine holds on the device, and on a GPU of all else there."""
     sizes = Counter[str]()
     seen = set[int]()
@@ -107,11 +106,11 @@ def fit_options(device: torch.device) -> str:
         return f"--fit {size} --gpu-memory {size} --sm {major}.{minor}"
 
 
-def message(error: BaseException, sizes: dict[str, int], fit: str, options: str) -> str:
+def message(error: BaseException, sizes: dict[str, int], fit_words: str, options: str) -> str:
     """Name the failed request, the categories that hold memory, largest first, and a command.
 
     Args:
-        fit, options: those of the GPU and of the run, for the command that finds what fits.
+        fit_words, options: those of the GPU and of the run, for the command that finds what fits.
     """
     lines = [f"out of memory: rank {distributed.rank()}"]
     size = re.search(r"tried to allocate ([\d.]+ [a-z]+)", str(error), re.IGNORECASE)
@@ -121,8 +120,8 @@ def message(error: BaseException, sizes: dict[str, int], fit: str, options: str)
     for category, n in sorted(sizes.items(), key=lambda item: -item[1]):
         if n:
             lines.append(f"{category:<24} {n:>16,} B")
-    if fit:
-        words = *filter(None, [options]), f"--world-size {distributed.world_size()}", fit
+    if fit_words:
+        words = *filter(None, [options]), f"--world-size {distributed.world_size()}", fit_words
         lines.append(f"what fits: ds-cmli-memory {' '.join(words)}")
     return "\n  ".join(lines)
 

@@ -7,8 +7,9 @@ on a GPU the allocator's history, for pytorch.org/memory_viz.
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ if TYPE_CHECKING:  # these take seconds to import, and options are checked befor
     from ds_cmli.memory.step_memory import Step
     from ds_cmli.memory_model.gpus import Gpu
 
-FILE = "memory.json"
+REPORT_FILE = "memory.json"
 SNAPSHOT = "memory-snapshot.pickle"
 AfterStep = Callable[[], None]  # called at the end of each step of the training loop
 
@@ -34,8 +35,8 @@ class Profiles:
     trace: str | None = None  # --profile
     memory: int | None = None  # --profile-memory
 
-    def left(self, total_steps: int, done: int, say: Callable[[str], None]) -> "Profiles":
-        """The profiles that a run can still record after `done` steps; `say` gets the other ones.
+    def still_possible(self, total_steps: int, done: int) -> "Profiles":
+        """Return the profiles that a run can record after `done` steps; print those left out.
 
         Raises:
             UserError: no start of this run could record a profile, or both profiles are requested.
@@ -46,17 +47,18 @@ class Profiles:
             remedy = f"give 1 to {total_steps} steps of the training; 2 see the peak"
             raise UserError(f"--profile-memory is {memory}: {remedy}")
         if memory is not None and trace is not None:
-            given = f"--profile-memory is {memory} and --profile is {trace!r}"
-            raise UserError(f"{given}: both take the profiler, give one")
+            requested = f"--profile-memory is {memory} and --profile is {trace!r}"
+            raise UserError(f"{requested}: both take the profiler, give one")
         if trace is not None and parse_steps(trace, total_steps)[0] <= done:
-            say(f"--profile {trace} is left out: the training goes on at step {done + 1}")
+            print_line(f"--profile {trace} is left out: the training goes on at step {done + 1}")
             trace = None
         if memory is not None and memory > (left := total_steps - done):
-            say(f"--profile-memory {memory} is left out: {left} steps are left of the training")
+            print_line(
+                f"--profile-memory {memory} is left out: {left} steps are left of the training"
+            )
             memory = None
         return Profiles(trace, memory)
 
-    @contextmanager
     def around(
         self,
         train_engine: "TrainEngine",
@@ -64,44 +66,35 @@ class Profiles:
         ds_config: DeepSpeedConfig,
         folder: Path,
         done: int,
-    ) -> Iterator[AfterStep]:
-        """Profile the training loop inside, into `folder`, after `done` steps.
+    ) -> AbstractContextManager[AfterStep]:
+        """Return the context in which the training loop is profiled, into `folder`.
 
-        `config` and `ds_config` are what `engine.build` took.
+        `config` and `ds_config` are what `engine.build` took; `done` steps were taken before.
         """
-        from ds_cmli.distributed import process_group as distributed
-
         if self.trace is not None:
-            steps = parse_steps(self.trace, 10**12, done)
-            with profiling(steps, folder / "profile", distributed.rank(), done) as after_step:
-                yield after_step
-        elif self.memory is not None:
-            arguments = self.memory, train_engine, config, ds_config, folder
-            with profiling_memory(*arguments) as after_step:
-                yield after_step
-        else:
-            yield lambda: None
+            return profiling(parse_steps(self.trace, sys.maxsize), folder / "profile", done)
+        if self.memory is not None:
+            return profiling_memory(self.memory, train_engine, config, ds_config, folder)
+        return nullcontext(lambda: None)
 
 
-def parse_steps(text: str, total_steps: int, done: int = 0) -> tuple[int, int]:
+def parse_steps(text: str, total_steps: int) -> tuple[int, int]:
     """ "3:5" -> (3, 5): the first and the last step, counted from 1 as in the log.
 
-    Raises `UserError` for any other text, and for steps outside `done` + 1 to `total_steps`.
+    Raises `UserError` for any other text, and for steps beyond `total_steps`.
     """
     first, colon, last = text.partition(":")
     if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         remedy = "give the first and the last step, from 1, for instance 3:5"
         raise UserError(f"--profile is {text!r}: {remedy}")
-    if not done < int(first) <= int(last) <= total_steps:
-        remedy = f"give some of the steps {done + 1} to {total_steps} of this training"
+    if int(last) > total_steps:
+        remedy = f"give some of the steps 1 to {total_steps} of this training"
         raise UserError(f"--profile is {text!r}: {remedy}")
     return int(first), int(last)
 
 
 @contextmanager
-def profiling(
-    steps: tuple[int, int], folder: Path, rank: int = 0, done: int = 0
-) -> Iterator[AfterStep]:
+def profiling(steps: tuple[int, int], folder: Path, done: int) -> Iterator[AfterStep]:
     """Record the first to the last of `steps`, counted from 1, of which `done` were taken before.
 
     `folder` gets one file from each rank, `rank<r>.<time>.pt.trace.json`, after the last one.
@@ -109,6 +102,9 @@ def profiling(
     import torch
     from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
 
+    from ds_cmli.distributed import process_group as distributed
+
+    rank = distributed.rank()
     handler = tensorboard_trace_handler(str(folder), worker_name=f"rank{rank}")
 
     def write(profiler: profile) -> None:
@@ -151,7 +147,8 @@ def profiling_memory(
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.memory.categories import TrainingRecorder
     from ds_cmli.memory.report import summarise
-    from ds_cmli.memory.step_memory import Step, present_gpu, statistics
+    from ds_cmli.memory.step_memory import Step, peak_totals
+    from ds_cmli.memory_model import gpus
 
     device = train_engine.device
     done = 0
@@ -178,11 +175,11 @@ def profiling_memory(
             return
         report = summarise(recorder.events(), setting, f"measured: {name}")
         if cuda:
-            report.take_totals(statistics(device))  # CPU-GPU sync
+            report.take_totals(peak_totals(device))  # CPU-GPU sync
             torch.cuda.memory._dump_snapshot(str(folder / SNAPSHOT))
             record_history()  # back to the history that every training run keeps
         content["measurement"] = report.to_dict()
-        _write(folder / FILE, content)
+        _write(folder / REPORT_FILE, content)
 
     with measuring:
         measuring.enter_context(train_engine.objective.register_forward_pre_hook(note_texts))
@@ -194,11 +191,12 @@ def profiling_memory(
         yield after_step
     if content and cuda:
         step = Step(config, ds_config, distributed.world_size(), 0, positions=longest)
-        predicted = _predicted(step, present_gpu(device))
+        gpu = gpus.of_device(torch.cuda.get_device_properties(device))
+        predicted = _predicted(step, gpu)
         if predicted is not None:
             content["prediction"] = predicted
             content["differences"] = differences(predicted, content["measurement"])
-            _write(folder / FILE, content)
+            _write(folder / REPORT_FILE, content)
 
 
 def _predicted(step: "Step", gpu: "Gpu") -> JsonObject | None:

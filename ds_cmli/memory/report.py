@@ -7,13 +7,11 @@ allocator handed out for it (rounded up), "reserved" what the allocator took fro
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate
+from typing import Any
 
 from ds_cmli.files import JsonObject
 from ds_cmli.memory_model.caching_allocator import Event
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 CATEGORIES = (
     "parameters",
@@ -84,14 +82,8 @@ def summarise(events: Sequence[Event], setting: JsonObject, source: str) -> Repo
 
 def live_at_peak(events: Sequence[Event]) -> list[Event]:
     """Return the allocations, in order, that are live when the requested bytes are the most."""
-    total = 0
-    peak = 0
-    end = 0  # of the events up to the peak
-    for number, event in enumerate(events):
-        total += event.bytes
-        if total > peak:
-            peak = total
-            end = number + 1
+    totals = [0, *accumulate(event.bytes for event in events)]
+    end = totals.index(max(totals))  # of the events up to the peak
     live: dict[int, Event] = {}
     for event in events[:end]:
         if event.bytes > 0:
@@ -124,18 +116,18 @@ def gigabytes(*sizes: int, digits: int = 2) -> list[str]:
         digits += 1
 
 
-def by_retries(count: int) -> str:
+def retries_clause(count: int) -> str:
     """Say that a step fits only by so many retries of the allocator; 0: say nothing."""
     retries = "1 retry" if count == 1 else f"{count} retries"
     return f", only as PyTorch's allocator returns its cache ({retries})" if count else ""
 
 
-def show(report: Report, console: "Console | None" = None) -> None:
-    """Print the report as tables, on a rich console; None: on the terminal."""
+def show(report: Report) -> None:
+    """Print the report as tables."""
     from rich.console import Console
     from rich.table import Table
 
-    console = console or Console(highlight=False)
+    console = Console(highlight=False)
     settings = []
     for name, value in report.setting.items():
         settings.append(f"{name.replace('_', ' ')} {_plain(value)}")
@@ -181,14 +173,14 @@ def plot(report: Report, path: str) -> None:
     from matplotlib.figure import Figure
 
     changes = np.zeros((len(CATEGORIES), len(report.events)))
-    for place, event in enumerate(report.events):
-        changes[CATEGORIES.index(event.category), place] = event.bytes
+    for number, event in enumerate(report.events):
+        changes[CATEGORIES.index(event.category), number] = event.bytes
     live = changes.cumsum(1) / 1e9
     shown = [row for row in range(len(CATEGORIES)) if live[row].any()]
     # Each column of the picture is the most of its events: the peak may last for only one.
     columns = np.array_split(np.arange(live.shape[1]), min(300, live.shape[1]))
     starts = [column[0] for column in columns]
-    places = [column[live[:, column].sum(0).argmax()] for column in columns]
+    peaks = [column[live[:, column].sum(0).argmax()] for column in columns]
     names = []
     for row in shown:
         name = CATEGORIES[row]
@@ -197,15 +189,11 @@ def plot(report: Report, path: str) -> None:
     axis = figure.subplots()
     colours = [colormaps["tab20"](row) for row in shown]
     style: dict[str, Any] = {"colors": colours, "linewidth": 0, "step": "mid"}
-    axis.stackplot(starts, live[shown][:, places], labels=names, **style)
+    axis.stackplot(starts, live[shown][:, peaks], labels=names, **style)
     (requested,) = gigabytes(report.totals["requested"])
     title = f"Memory of a step, {report.source}: {requested} GB at the peak"
     axis.set(xlabel="allocations and frees of two steps", ylabel="GB", title=title)
-    handles, labels = axis.get_legend_handles_labels()
-    legend: dict[str, Any] = {
-        "title": "at the peak",
-        "loc": "center left",
-        "bbox_to_anchor": (1, 0.5),
-    }
-    axis.legend(handles[::-1], labels[::-1], frameon=False, **legend)
+    axis.legend(
+        title="at the peak", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, reverse=True
+    )
     figure.savefig(path)

@@ -25,15 +25,14 @@ from ds_cmli.files import JsonObject, Section
 from ds_cmli.memory.categories import TrainingRecorder
 from ds_cmli.memory.inputs import longest_batch, without_weights
 from ds_cmli.memory.report import Report, summarise
-from ds_cmli.memory_model import gpus
 from ds_cmli.memory_model.caching_allocator import OutOfMemory, replay
 from ds_cmli.memory_model.gpus import Gpu
 from ds_cmli.memory_model.workspaces import with_cublas
 
 TOTAL_STEPS = 1000  # of the learning rate schedule; no size depends on it
 TOTALS = ("requested", "allocated", "reserved")
-Built = Callable[[engine.TrainEngine], object]  # is called with the engine before its first step
-Watched = Callable[[engine.TrainEngine], AbstractContextManager[object]]
+Prepare = Callable[[engine.TrainEngine], object]  # is called before the engine's first step
+Watch = Callable[[engine.TrainEngine], AbstractContextManager[object]]
 
 
 def _unchanged(train_engine: engine.TrainEngine) -> None:
@@ -47,7 +46,7 @@ class Step:
     Args:
         config: any configuration; its weights become random ones of the same sizes.
         ds_config: the DeepSpeed JSON, with or without "auto" values.
-        built: changes or reads the engine, once there is one.
+        prepare: changes or reads the engine, once there is one.
         positions: of the longest texts; None: as many as the configuration allows.
     """
 
@@ -55,10 +54,10 @@ class Step:
     ds_config: Section
     world_size: int = 1
     rank: int = 0
-    built: Built = _unchanged
+    prepare: Prepare = _unchanged
     positions: int | None = None
 
-    def take_twice(self, watched: Watched = nullcontext) -> JsonObject:
+    def take_twice(self, watch: Watch = nullcontext) -> JsonObject:
         """Build the engine and take two steps: the optimizer's states are created in the first.
 
         Returns what was run.
@@ -73,8 +72,8 @@ class Step:
         config = engine.choose_backend(config, "cuda", why_not)
         with _alone(self.world_size, self.rank), _as_deterministic(config.run.deterministic):
             train_engine = engine.build(config, json, vocab_size, TOTAL_STEPS, device)
-            self.built(train_engine)
-            with watched(train_engine):
+            self.prepare(train_engine)
+            with watch(train_engine):
                 for _ in range(2):
                     batch = longest_batch(config, micro_batch, self.positions)
                     train_engine.step(accumulation * [batch])
@@ -114,7 +113,7 @@ def _alone(world_size: int, rank: int) -> Iterator[None]:
 @contextmanager
 def _as_deterministic(deterministic: bool) -> Iterator[None]:
     """Inside, PyTorch's switches are those of a run with `--deterministic`, or unchanged."""
-    enforced = torch.are_deterministic_algorithms_enabled()
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
     benchmark = torch.backends.cudnn.benchmark
     with mock.patch.dict(os.environ):
         if deterministic:
@@ -122,12 +121,12 @@ def _as_deterministic(deterministic: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(enforced)
+            torch.use_deterministic_algorithms(was_deterministic)
             torch.backends.cudnn.benchmark = benchmark
 
 
 def predicted(step: Step, gpu: Gpu, limit: int = 1 << 44) -> Report:
-    """The step's memory on a GPU that need not be there, of which `limit` bytes can be occupied.
+    """Predict the step's memory on a GPU that need not be there; it may occupy `limit` bytes.
 
     Each text fills all positions but the first of a batch, which is one token shorter: the most
     that a batch can need.
@@ -136,7 +135,6 @@ def predicted(step: Step, gpu: Gpu, limit: int = 1 << 44) -> Report:
         UserError: a setting that cannot be built, or whose sizes are not known without a download.
         RuntimeError: a process group is already initialised.
     """
-    check(step.world_size >= 1, "--world-size", step.world_size, "give at least 1 rank")
     # DeepSpeed moves such parameters by the values of tensors.
     zero = DeepSpeedConfig.of(step.ds_config)["zero_optimization"]
     offloaded = (zero.get("offload_param") or {}).get("device", "none")
@@ -146,7 +144,7 @@ def predicted(step: Step, gpu: Gpu, limit: int = 1 << 44) -> Report:
     communicators = 0
 
     @contextmanager
-    def watched(train_engine: engine.TrainEngine) -> Iterator[None]:
+    def watch(train_engine: engine.TrainEngine) -> Iterator[None]:
         nonlocal communicators
         with recorder.attach(train_engine):
             yield
@@ -155,31 +153,31 @@ def predicted(step: Step, gpu: Gpu, limit: int = 1 << 44) -> Report:
             communicators = dist.get_pg_count()
 
     with fake_cuda(recorder, gpu):
-        setting = step.take_twice(watched)
+        setting = step.take_twice(watch)
         events = recorder.events()
     fixed = hardware.DETERMINISTIC_CUBLAS if step.config.run.deterministic else None
     workspaces = gpu.cublas_bytes(os.environ.get("CUBLAS_WORKSPACE_CONFIG", fixed))
     events = with_cublas(events, workspaces, recorder.products)
     report = summarise(events, {**setting, "gpu": gpu.name}, "predicted")
-    outside = gpu.outside(communicators)
+    outside_bytes = gpu.outside_bytes(communicators)
     try:
-        replayed = replay(events, limit=limit - outside)
+        replayed = replay(events, limit=limit - outside_bytes)
     except OutOfMemory:  # then without a limit: the totals say how much is missing
         replayed = replay(events)
     report.totals = dict(zip(TOTALS, replayed.peaks, strict=True))
-    report.totals["device"] = report.totals["reserved"] + outside
+    report.totals["device"] = report.totals["reserved"] + outside_bytes
     report.retries = replayed.retries
     return report
 
 
 def measured(step: Step) -> Report:
-    """The step's memory on this GPU, which nothing else of this process uses.
+    """Measure the step's memory on this GPU, which nothing else of this process uses.
 
     It runs twice: while the recorder watches, gradients are added up in new tensors.
     """
     device = torch.device("cuda", torch.cuda.current_device())
     step.take_twice()
-    totals = statistics(device)
+    totals = peak_totals(device)
     recorder = TrainingRecorder()
     with recorder:
         setting = step.take_twice(recorder.attach)
@@ -190,35 +188,36 @@ def measured(step: Step) -> Report:
 
 
 def predicted_worst(step: Step, gpu: Gpu, limit: int = 1 << 44, rank: int | None = None) -> Report:
-    """The prediction of the rank that needs the most, or of `rank` if that is known.
+    """Predict for the rank that needs the most, or for `rank` if it is known.
 
-    ZeRO-1 and 2 divide parameters by elements, and a rank keeps the whole gradient of each of which
-    it has a part. The last rank has its own while most activations are stored; another one is
-    predicted too if it has parts of more.
+    ZeRO-1 and 2 divide the flat parameters by elements. A rank keeps the whole gradient of each
+    parameter of which it owns a part. The last rank's gradients exist while most activations are
+    still stored, so it is predicted first. If another rank owns parts of larger parameters, it is
+    predicted too.
     """
     if rank is not None or DeepSpeedConfig.of(step.ds_config).stage not in (1, 2):
         return predicted(replace(step, rank=rank or 0), gpu, limit)
-    held = [0] * step.world_size  # elements of the parameters of which each rank has a part
+    elements_by_rank = [0] * step.world_size  # of the parameters of which a rank owns a part
 
-    def read(train_engine: engine.TrainEngine) -> None:
-        step.built(train_engine)
+    def count_elements(train_engine: engine.TrainEngine) -> None:
+        step.prepare(train_engine)
         optimizer = train_engine.engine.optimizer
         for parameters in optimizer.param_to_partition_ids.values():
             for parameter, ranks in parameters.items():
-                for of_rank in ranks:
-                    held[of_rank] += optimizer.param_dict[parameter].numel()
+                for owner in ranks:
+                    elements_by_rank[owner] += optimizer.param_dict[parameter].numel()
 
     last = step.world_size - 1
-    report = predicted(replace(step, rank=last, built=read), gpu, limit)
-    fullest = max(range(step.world_size), key=held.__getitem__)
-    if held[fullest] <= held[last]:
+    report = predicted(replace(step, rank=last, prepare=count_elements), gpu, limit)
+    fullest = max(range(step.world_size), key=elements_by_rank.__getitem__)
+    if elements_by_rank[fullest] <= elements_by_rank[last]:
         return report
     second = predicted(replace(step, rank=fullest), gpu, limit)
     return max(report, second, key=lambda candidate: candidate.totals["device"])
 
 
-def statistics(device: torch.device) -> dict[str, int]:
-    """Peaks since they were last reset, in bytes; with "device" if the driver reports it.
+def peak_totals(device: torch.device) -> dict[str, int]:
+    """Return the peaks since the last reset, in bytes; with "device" if the driver reports it.
 
     CPU-GPU sync.
     """
@@ -231,17 +230,6 @@ def statistics(device: torch.device) -> dict[str, int]:
         # same then as now.
         totals["device"] = occupied + totals["reserved"] - stats["reserved_bytes.all.current"]
     return totals
-
-
-def present_gpu(device: torch.device) -> Gpu:
-    """Return this GPU, by its name, or by what its driver reports."""
-    properties = torch.cuda.get_device_properties(device)
-    return gpus.of_device(
-        properties.name,
-        (properties.major, properties.minor),
-        properties.multi_processor_count,
-        properties.total_memory,
-    )
 
 
 def gpu_bytes(device: torch.device) -> int | None:

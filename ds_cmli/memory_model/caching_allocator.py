@@ -11,8 +11,8 @@ since 2.0), with the default settings, so without expandable segments.
     one with the lowest address. If there is none, a new segment is taken.
  4. The remainder of the block becomes a free block if it has at least 512 B (small pool) or more
     than 1 MiB (large pool). Otherwise it stays part of the block, and counts as allocated.
- 5. The free of a block that another stream may still read is requested and completed later: until
-    then the block is in use, but counts no longer as allocated.
+ 5. If another stream may still read a block, its free is requested first and completed later. In
+    between the block is in use, but no longer counted as allocated.
  6. A freed block is merged with the free blocks next to it in its segment. A segment that is wholly
     free stays reserved for its stream until the device has no room: then all wholly free segments
     are returned, and the request is retried.
@@ -37,10 +37,10 @@ FIRST_ADDRESS = 0x7F00_0000_0000
 
 @dataclass(frozen=True)
 class Event:
-    """The allocation or the free of a block, or what has 0 bytes.
+    """A change that the allocator sees: an allocation (bytes > 0) or a free (bytes < 0).
 
-    These are the request to free a block that is freed later (`requests_free`), and the return of
-    all free segments. Lists of events are in the order in which they happened.
+    An event of 0 bytes is the request for a free that completes later (`requests_free`), or a call
+    of `empty_cache`. Lists of events are in the order in which they happened.
     """
 
     block: int  # the same number at the allocation and at the free of a block; not used again
@@ -70,8 +70,8 @@ class Block:
     after: "Block | None" = None
 
     @property
-    def place(self) -> tuple[int, int, int]:
-        """Its key in the order of rule 3."""
+    def sort_key(self) -> tuple[int, int, int]:
+        """Return the key in the order of rule 3."""
         return self.size, self.segment.number, self.address
 
     def split(self, size: int) -> "Block":
@@ -132,7 +132,7 @@ class CachingAllocator:
     def __init__(self, limit: int | None = None):
         self.limit = limit
         self.segments: dict[int, Segment] = {}  # by address
-        # Of each pool and stream, sorted: place and block.
+        # Of each pool and stream, sorted: the fields of `sort_key`, and the block.
         self.free_blocks = defaultdict[tuple[bool, int], list[tuple]](list)
         self.actions: list[Action] = []
         self.requested = self.allocated = self.reserved = 0
@@ -146,17 +146,17 @@ class CachingAllocator:
 
         Raises `OutOfMemory` if `limit` leaves no room.
         """
-        size = -(-requested // MIN_BLOCK) * MIN_BLOCK
+        size = round_up(requested, MIN_BLOCK)
         small = size <= SMALL_REQUEST
         free = self.free_blocks[small, stream]
         position = bisect_left(free, (size,))
         if position < len(free):
             block = free.pop(position)[-1]
         else:
-            block = self._segment(requested, size, stream, event).first
+            block = self._new_segment(requested, size, stream, event).first
         left = block.size - size
         if left >= MIN_BLOCK if small else left > SMALL_REQUEST:  # rule 4
-            self._keep(block.split(size))
+            self._add_free(block.split(size))
         self.actions.append(Action("alloc", block.address, requested, stream, event))
         block.requested = requested
         block.event = event
@@ -167,47 +167,45 @@ class CachingAllocator:
 
     def request_free(self, block: Block) -> None:
         """Count a block as allocated no longer, which another stream may still read."""
-        self._note("free_requested", block)
+        self._record("free_requested", block)
         self.allocated -= block.size
         block.free_requested = True
 
     def free(self, block: Block) -> None:
         if not block.free_requested:
             self.request_free(block)
-        self._note("free_completed", block)
+        self._record("free_completed", block)
         self.requested -= block.requested
         block.requested = 0
         block.free_requested = False
         block.event = None
-        before = block.before
-        after = block.after
-        if before is not None and not before.requested:
-            self._take(before)
-            block = before.join(block)
-        if after is not None and not after.requested:
-            self._take(after)
-            block = block.join(after)
-        self._keep(block)
+        if block.before is not None and not block.before.requested:
+            self._remove_free(block.before)
+            block = block.before.join(block)
+        if block.after is not None and not block.after.requested:
+            self._remove_free(block.after)
+            block = block.join(block.after)
+        self._add_free(block)
 
     def empty_cache(self) -> None:
         """Return the wholly free segments to the device."""
         order = attrgetter("small", "stream", "size", "address")
         for segment in sorted(self.segments.values(), key=order):
             if not segment.first.requested and segment.first.after is None:
-                self._take(segment.first)
+                self._remove_free(segment.first)
                 del self.segments[segment.address]
                 self.reserved -= segment.size
                 returned = segment.address, segment.size, segment.stream, None
                 self.actions.append(Action("segment_free", *returned))
 
-    def _segment(self, requested: int, size: int, stream: int, event: Event | None) -> Segment:
-        """A new segment from the device for a block of `size` bytes."""
+    def _new_segment(self, requested: int, size: int, stream: int, event: Event | None) -> Segment:
+        """Take a new segment from the device for a block of `size` bytes."""
         small = size <= SMALL_REQUEST
         taken = LARGE_SEGMENT
         if small:
             taken = SMALL_SEGMENT
         elif size >= MIN_LARGE_SEGMENT_REQUEST:
-            taken = -(-size // ROUND_SEGMENT) * ROUND_SEGMENT
+            taken = round_up(size, ROUND_SEGMENT)
         if self.limit is not None and self.reserved + taken > self.limit:
             self.retries += 1
             self.empty_cache()
@@ -224,17 +222,21 @@ class CachingAllocator:
         self.actions.append(Action("segment_alloc", segment.address, taken, stream, event))
         return segment
 
-    def _note(self, name: str, block: Block) -> None:
+    def _record(self, name: str, block: Block) -> None:
         stream = block.segment.stream
         self.actions.append(Action(name, block.address, block.requested, stream, block.event))
 
-    def _keep(self, block: Block) -> None:
+    def _add_free(self, block: Block) -> None:
         free = self.free_blocks[block.segment.small, block.segment.stream]
-        insort(free, (*block.place, block))
+        insort(free, (*block.sort_key, block))
 
-    def _take(self, block: Block) -> None:
+    def _remove_free(self, block: Block) -> None:
         free = self.free_blocks[block.segment.small, block.segment.stream]
-        free.pop(bisect_left(free, block.place))
+        free.pop(bisect_left(free, block.sort_key))
+
+
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def replay(events: Iterable[Event], *, limit: int | None = None) -> CachingAllocator:

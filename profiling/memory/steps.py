@@ -24,12 +24,13 @@ from ds_cmli.memory.step_memory import Step, measured, predicted, predicted_wors
 from ds_cmli.memory_model.gpus import Gpu
 from profiling.memory.estimates import Setting, count, in_gigabytes, section
 from profiling.memory.implementations import broadcast_scores, contrastive_loss
-from profiling.memory.measure import given_by_process
+from profiling.memory.measure import results_of_process
 from profiling.speed.op import materialised_scores
 
 STEP_SECONDS = 600.0  # limit for the measurement of a whole step, for a busy machine too
 ALL_LOSSES = ("global", "cmli", "target_cmli")
-BEFORE = ("global", "cls_kd")  # of the step that leaves about 2 GB according to the document
+# The losses of the step that leaves about 2 GB according to the document.
+LOSSES_WITHOUT_CMLI = ("global", "cls_kd")
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,15 @@ class Variant:
     checkpointing: bool
     scores: Callable | None = None  # in place of the op, stored with autograd's graph
 
-    def use(self, train_engine: TrainEngine) -> None:
+    def replace_loss(self, train_engine: TrainEngine) -> None:
         if self.scores is not None:
             loss: Any = train_engine.objective.losses["cmli"]
             loss.forward = partial(stored_loss, self.scores)
 
 
-ANSWERING = 3  # as many of the first variants answer the document
+NUM_ANSWERING = 3  # variants that answer the document; they come first
 VARIANTS = (
-    Variant("without CMLI", BEFORE, False),
+    Variant("without CMLI", LOSSES_WITHOUT_CMLI, False),
     Variant("materialised", ALL_LOSSES, False, materialised_scores),
     Variant("ours", ALL_LOSSES, False),
     Variant("broadcast", ALL_LOSSES, False, broadcast_scores),
@@ -67,14 +68,15 @@ def stored_loss(
     scale_and_bias: Tensor,
     **__,
 ) -> Tensor:
-    """In place of `CMLILoss.forward`: what `scores` stores of all pairs, autograd keeps."""
+    """Replace `CMLILoss.forward`: what `scores` stores of all pairs, autograd keeps."""
     ranks = num_ranks()  # whose texts are of this size too
-    texts, masks = l2_normalize(text).repeat(ranks, 1, 1), token_mask.repeat(ranks, 1)
+    texts = l2_normalize(text).repeat(ranks, 1, 1)
+    masks = token_mask.repeat(ranks, 1)
     return contrastive_loss(scores, l2_normalize(image), texts, masks, scale_and_bias.log())
 
 
 def document_config(s: Setting, losses: tuple[str, ...] = ALL_LOSSES) -> Config:
-    """The preset `paper` with the sizes of `s`; `UserError` if its models cannot have them."""
+    """Return the preset `paper` with the sizes of `s`; `UserError` if its models cannot have them."""
     side = math.isqrt(s.N)
     heads = s.H // 64
     if side * side != s.N:
@@ -109,14 +111,15 @@ def predict_document(
         json = DeepSpeedConfig.load(DEFAULT_JSON)
         if not variant.checkpointing:
             json = DeepSpeedConfig.of({**json, "activation_checkpointing": None})
-        step = Step(document_config(s, variant.losses), json, s.P, built=variant.use)
-        reports[variant.name] = predicted_worst(step, gpu, gpu.total.bytes)
+        step = Step(document_config(s, variant.losses), json, s.P, prepare=variant.replace_loss)
+        reports[variant.name] = predicted_worst(step, gpu, gpu.total_bytes)
     return reports
 
 
 def verdict(report: Report, gpu: Gpu) -> str:
-    free = gpu.total.bytes - report.totals["device"]
-    return f"{gigabytes(abs(free), digits=1)[0]} GB {'free' if free >= 0 else 'too much'}"
+    free = gpu.total_bytes - report.totals["device"]
+    (difference,) = gigabytes(abs(free), digits=1)
+    return f"{difference} GB {'free' if free >= 0 else 'too much'}"
 
 
 def document_sentence(reports: dict[str, Report], gpu: Gpu) -> str:
@@ -151,7 +154,7 @@ def whole_step(preset: str, world_size: int, gpu: Gpu, measures: bool) -> tuple[
     measurement: Report | None = None
     result = "not measured: there is no GPU here"
     if measures:
-        (measurement,) = given_by_process(STEP_SECONDS, measured_alone, step) or [None]
+        (measurement,) = results_of_process(STEP_SECONDS, measured_alone, step) or [None]
         result = "not measured: it does not fit, or took too long"
     if measurement is not None:
         size = measurement.totals["requested"]

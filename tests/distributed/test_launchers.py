@@ -7,7 +7,7 @@ import pytest
 
 from ds_cmli import engine
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.distributed import OF_A_RANK, map_launcher_environment
+from ds_cmli.distributed import RANK_VARIABLES, map_launcher_environment
 from ds_cmli.errors import UserError
 from tests.conftest import ZERO1
 from tests.ranks import environments, start
@@ -19,7 +19,7 @@ SRUN = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", 
 def mapped(monkeypatch, env: dict[str, str]) -> list[str]:
     monkeypatch.setattr("os.environ", env)
     map_launcher_environment()
-    return [env[name] for name in OF_A_RANK]
+    return [env[name] for name in RANK_VARIABLES]
 
 
 def test_a_plain_process_is_a_world_of_one(monkeypatch):

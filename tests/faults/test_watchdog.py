@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults import watchdog
-from ds_cmli.faults.diagnosis import EXIT_CODE, GRACE, RankRecord, RankState, diagnose
+from ds_cmli.faults.diagnosis import FAULT_EXIT_CODE, GRACE, RankRecord, RankState, diagnose
 from ds_cmli.faults.watchdog import Watchdog
 from tests.ranks import start_function, training_ranks
 
@@ -114,7 +114,7 @@ CASES = [
 @pytest.mark.parametrize("fate, victim, world, words", CASES)
 def test_the_rank_at_fault_is_named_and_the_job_ends(tmp_path, fate, victim, world, words):
     codes, lines, seconds = end_of(tmp_path, fate, victim, world)
-    assert codes.pop(victim) in (EXIT_CODE, -signal.SIGKILL) and {*codes} == {EXIT_CODE}, lines
+    assert codes.pop(victim) in (FAULT_EXIT_CODE, -signal.SIGKILL) and {*codes} == {FAULT_EXIT_CODE}, lines
     assert seconds < 2 * TIMEOUT + SLACK
     error = assert_one_error(lines, f"rank {victim} on node node-7: {words}")
     # A rank that is gone publishes nothing more: what it had done may be a moment old.
@@ -124,7 +124,7 @@ def test_the_rank_at_fault_is_named_and_the_job_ends(tmp_path, fate, victim, wor
 
 def test_no_rank_is_named_where_none_is_behind(tmp_path):
     codes, lines, _ = end_of(tmp_path, "all wait", ALL)
-    assert codes == [EXIT_CODE] * 2
+    assert codes == [FAULT_EXIT_CODE] * 2
     assert_one_error(lines, f"all ranks: {STUCK}")
 
 
@@ -174,7 +174,7 @@ def test_a_slow_rank_has_ten_times_as_long():
     assert named(STATE._replace(is_slow=True), WAITS, seconds=50) is None
     assert named(STATE._replace(is_slow=True), WAITS, seconds=51) is not None
     for silent, is_dead in ((50.0, False), (51.0, True)):
-        record = RankRecord(STATE._replace(is_slow=True), turn=0, silent=silent)
+        record = RankRecord(STATE._replace(is_slow=True), turn=0, seconds_silent=silent)
         assert (diagnose([record], 5.0) is not None) == is_dead, f"silent for {silent} s"
 
 
@@ -206,7 +206,7 @@ def test_a_training_whose_rank_is_killed_ends_with_one_line(tmp_path, source, vi
     logs = [tmp_path / f"{rank}.log" for rank in range(2)]
     with training_ranks([*options, "--output-dir", tmp_path / "run"], logs) as processes:
         processes[victim].kill()
-        assert processes[1 - victim].wait(60) == EXIT_CODE
+        assert processes[1 - victim].wait(60) == FAULT_EXIT_CODE
     lines = [line for log in logs for line in log.read_text().splitlines()]
     assert_one_error(lines, f"rank {victim} on node ")
     assert not [line for line in lines if "peer" in line or "Exception" in line]

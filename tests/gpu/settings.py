@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ds_cmli.config.presets import load_preset
-from ds_cmli.memory.step_memory import Step, statistics
+from ds_cmli.memory.step_memory import Step, peak_totals
 from tests.models.sources import clip
 
 
@@ -91,7 +91,7 @@ SETTINGS = [
 def main(setting: str) -> None:
     Setting(**json.loads(setting)).step().take_twice()
     device = torch.device("cuda", torch.cuda.current_device())
-    print("\n" + json.dumps(statistics(device)), flush=True)
+    print("\n" + json.dumps(peak_totals(device)), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ds_cmli.cmli import cmli_scores
-from ds_cmli.memory.step_memory import predicted, present_gpu
+from ds_cmli.memory.step_memory import predicted
+from ds_cmli.memory_model import gpus
 from tests import make
 from tests.checkpoint.runs import stop_and_resume
 from tests.cmli.cases import DTYPES, case, check, with_gradients
@@ -67,7 +68,7 @@ def test_a_step_takes_what_is_predicted(setting, judge):
     done = python("-m", *setting.arguments(), timeout=600)
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout.splitlines()[-1])
-    expected = predicted(setting.step(), present_gpu(GPU)).totals
+    expected = predicted(setting.step(), gpus.of_device(torch.cuda.get_device_properties(GPU))).totals
     figures = []
     for name, size in measured.items():
         difference = expected[name] / size - 1
@@ -92,16 +93,16 @@ print(-1 if occupied is None else occupied - torch.cuda.memory_reserved(device))
 
 
 def test_what_a_gpu_has_and_what_its_context_takes(judge):
-    gpu = present_gpu(GPU)
+    gpu = gpus.of_device(torch.cuda.get_device_properties(GPU))
     _, total = torch.cuda.mem_get_info()
     done = python("-c", CONTEXT)
     assert done.returncode == 0, done.stderr
     context = int(done.stdout.split()[-1])
-    note = f"{gpu.context.bytes:,} B in the table, {gpu.context.known}"
+    note = f"{gpu.context_bytes:,} B in the table, assumed"
     if context < 0:
         note = "NVML does not report this process's bytes, as in some containers"
     judge(
-        ("total bytes", total, None, f"{gpu.total.bytes:,} B in the table, {gpu.total.known}"),
+        ("total bytes", total, None, f"{gpu.total_bytes:,} B in the table, assumed"),
         ("context, bytes", context if context >= 0 else float("nan"), None, note),
     )
 

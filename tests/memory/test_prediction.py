@@ -1,12 +1,12 @@
 """Predictions by the command and by `Step`: bytes by hand, what a setting changes, and that nothing stays behind."""
 
 import copy
-import io
 import json
 import os
 import pickle
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import nn
 from torch.cuda import _memory_viz as viz
 from torch.utils.checkpoint import DefaultDeviceType
@@ -30,7 +29,7 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.errors import UserError
 from ds_cmli.memory.command import command, fit_sentence, parse_memory, sentence, triton_line
 from ds_cmli.memory.inputs import longest_batch, without_weights
-from ds_cmli.memory.largest_batch import MAX_BATCH, LargestBatch, largest, trials_left
+from ds_cmli.memory.largest_batch import MAX_BATCH, LargestBatch, largest_that_fits, trials_left
 from ds_cmli.memory.progress import Progress
 from ds_cmli.memory.report import CATEGORIES, PHASES, Report, show
 from ds_cmli.memory.step_memory import Step, predicted, predicted_worst
@@ -95,14 +94,14 @@ def test_the_largest_that_fits_is_found_by_few_tries(room):
         tried.append(n)
         return 100 + 7 * n // 20 * 20 - (n > 500) * 9
 
-    n = largest(needs, room)
+    n = largest_that_fits(needs, room)
     assert len(tried) <= 12 and (n == 0 or needs(n) <= room)
     larger = n + n // 200 + 1
     assert larger > MAX_BATCH or needs(larger) > room
 
 
 def test_fit_reports_what_fits_and_what_does_not_fit_has_exit_code_3(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("ds_cmli.memory.largest_batch.largest", partial(largest, max_batch=2))
+    monkeypatch.setattr("ds_cmli.memory.largest_batch.largest_that_fits", partial(largest_that_fits, max_batch=2))
     gpu = {"--gpu-memory": "515MB", "--sm": "8.0"}
     code, fitting = by_command(tmp_path, "found", {**gpu, "--fit": "515MB"}, GLOBAL)
     assert code == 0 and fitting["setting"]["micro_batch"] == 2 and fitting["totals"]["device"] <= 515_000_000
@@ -153,7 +152,7 @@ def test_parameters_are_flattened_on_the_host_where_the_device_has_no_room_for_b
         first = next(place for place, event in enumerate(events) if event.category == "master weights")
         return max(accumulate(event.bytes for event in events[:first]))
 
-    without_room = replace(A100, total=A100.total._replace(bytes=0))
+    without_room = replace(A100, total_bytes=0)
     little = predicted(Step(config(("global",)), ds_json(), 2), without_room)
     assert most_before_master_weights(little.events) < most_before_master_weights(usual.events)
     assert little.categories == usual.categories
@@ -197,9 +196,9 @@ def test_a_deterministic_run_is_predicted_with_the_partial_gradients_of_attentio
 def test_each_group_of_ranks_is_a_communicator_on_the_device(usual):
     """All ranks form one group, and DeepSpeed clones it. A single rank connects to nobody."""
     outside = usual.totals["device"] - usual.totals["reserved"]
-    assert outside == A100.context.bytes + 2 * A100.nccl.bytes
+    assert outside == A100.context_bytes + 2 * A100.nccl_bytes
     single = predicted(Step(config(("global",)), ds_json()), A100)
-    assert single.totals["device"] - single.totals["reserved"] == A100.context.bytes
+    assert single.totals["device"] - single.totals["reserved"] == A100.context_bytes
 
 
 def test_packaged_weights_are_predicted_with_their_own_sizes():
@@ -249,13 +248,19 @@ def report(stage: int = 2, source: str = "predicted") -> Report:
     return Report(setting, source, dict.fromkeys(CATEGORIES, 0), dict.fromkeys(PHASES, 0), totals)
 
 
-def shown(printed: Report) -> str:
-    console = Console(file=io.StringIO(), width=200)
-    show(printed, console)
-    return console.file.getvalue()
+@pytest.fixture
+def shown(capsys, monkeypatch) -> Callable[[Report], str]:
+    """Return what `show` prints of a report on a wide terminal."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def printed(printed_report: Report) -> str:
+        show(printed_report)
+        return capsys.readouterr().out
+
+    return printed
 
 
-def test_what_zero_3_may_reserve_beyond_its_prediction_is_in_every_answer():
+def test_what_zero_3_may_reserve_beyond_its_prediction_is_in_every_answer(shown):
     margin = "with ZeRO-3 up to 5% more"
     largest_batch = LargestBatch(64, report(stage=3), {64: 24 * 10**9, 65: 26 * 10**9})
     answer = "fits in 25.00 GB with micro-batch 64; 65 needs 26.00 GB"

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 from ds_cmli.memory_model import gpus
 from tests import make
 
@@ -20,27 +22,31 @@ def test_a_gpu_is_found_by_what_nvidia_smi_names_it_and_by_what_is_typed_and_an_
 def test_every_size_is_below_what_the_name_says():
     for gpu in gpus.GPUS.values():
         nominal = int(gpu.name.split()[-1].removesuffix("GB")) * 10**9
-        assert 0.85 * nominal < gpu.total.bytes - gpu.outside(0) < gpu.total.bytes < 1.1 * nominal
-        assert gpu.outside(2) - gpu.outside(1) == gpu.outside(1) - gpu.outside(0) == gpu.nccl.bytes > 0
+        assert 0.85 * nominal < gpu.total_bytes - gpu.outside_bytes(0) < gpu.total_bytes < 1.1 * nominal
+        without, *with_nccl = map(gpu.outside_bytes, range(3))
+        assert with_nccl == [without + gpu.nccl_bytes, without + 2 * gpu.nccl_bytes] and gpu.nccl_bytes > 0
 
 
 def test_one_that_is_not_listed_is_given_by_its_size():
-    gpu = gpus.chosen(None, "48GB", "8.9")
-    assert (gpu.total.bytes, gpu.capability) == (48 * 10**9, (8, 9))
-    assert (gpu.multiprocessors, gpu.threads, gpu.shared) == (142, 1536, 99 * 1024)
-    threads = {
-        capability: gpus.chosen(None, "48GB", capability).threads for capability in ("7.5", "8.0", "8.6", "12.0")
-    }
+    gpu = gpus.from_options(None, "48GB", "8.9")
+    assert (gpu.total_bytes, gpu.capability) == (48 * 10**9, (8, 9))
+    assert (gpu.multiprocessors, gpu.max_threads, gpu.shared_bytes) == (142, 1536, 99 * 1024)
+    threads = {sm: gpus.from_options(None, "48GB", sm).max_threads for sm in ("7.5", "8.0", "8.6", "12.0")}
     assert threads == {"7.5": 1024, "8.0": 2048, "8.6": 1536, "12.0": 1536}
-    assert gpu.cublas_bytes() == gpus.find("L40S").cublas_bytes() and gpu.outside(2) == 950 * M
-    assert gpus.chosen(None, None, None) is None and gpus.chosen("A10G", None, None) == gpus.find("A10G")
+    assert gpu.cublas_bytes() == gpus.find("L40S").cublas_bytes() and gpu.outside_bytes(2) == 950 * M
+    assert gpus.from_options(None, None, None) is None and gpus.from_options("A10G", None, None) == gpus.find("A10G")
+
+
+def properties(name: str, major: int, minor: int, count: int, total: int) -> SimpleNamespace:
+    """Return what is read of `torch.cuda.get_device_properties`."""
+    return SimpleNamespace(name=name, major=major, minor=minor, multi_processor_count=count, total_memory=total)
 
 
 def test_a_device_that_is_not_listed_has_what_its_driver_reports():
-    gpu = gpus.of_device("NVIDIA L40", (8, 9), 140, 48 * 10**9)
-    assert (gpu.name, gpu.capability, gpu.multiprocessors, gpu.total.bytes) == ("NVIDIA L40", (8, 9), 140, 48 * 10**9)
-    assert gpus.of_device("NVIDIA Thor", (10, 3), 20, 10**9).capability == (10, 0)
-    assert gpus.of_device("NVIDIA A10G", (8, 6), 1, 1) == gpus.find("A10G")
+    gpu = gpus.of_device(properties("NVIDIA L40", 8, 9, 140, 48 * 10**9))
+    assert (gpu.name, gpu.capability, gpu.multiprocessors, gpu.total_bytes) == ("NVIDIA L40", (8, 9), 140, 48 * 10**9)
+    assert gpus.of_device(properties("NVIDIA Thor", 10, 3, 20, 10**9)).capability == (10, 0)
+    assert gpus.of_device(properties("NVIDIA A10G", 8, 6, 1, 1)) == gpus.find("A10G")
 
 
 def test_cublas_takes_what_its_variable_says():

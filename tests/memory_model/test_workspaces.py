@@ -26,7 +26,7 @@ def heads(batch: int, number: int, rows: int, width: int, dtype: torch.dtype = b
 
 
 def held(func, *args, gpu=A100) -> Inside:
-    return OPERATORS[func](args, gpu)
+    return OPERATORS[func](gpu, *args)
 
 
 X = heads(8, 6, 64, 64)

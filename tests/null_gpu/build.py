@@ -106,7 +106,7 @@ def environment(folder: Path, gpu: str = "A100 80GB") -> dict[str, str]:
     lib = str(library(folder).parent)
     card = gpus.find(gpu)
     name = f"NVIDIA {card.reported[0]}"
-    sizes = *card.capability, card.multiprocessors, card.threads, card.shared, card.total.bytes
+    sizes = *card.capability, card.multiprocessors, card.max_threads, card.shared_bytes, card.total_bytes
     path = [str(folder / "site"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     device_variables = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
     return {name: value for name, value in clean_environment().items() if name not in device_variables} | {

@@ -118,8 +118,8 @@ def test_the_op_of_a_cpu_is_predicted_as_it_is_measured(warm, backend):
 
 def test_a_measurement_that_takes_too_long_or_too_much_is_ended():
     large = ways.implementations(replace(SMALL, B=4096, N=196, M=64))["E3", "broadcast"]  # 3.3 GB
-    assert measure.given_by_process(0.01, measure.measure, large, "cpu", "forward", 10**9) == []
-    assert measure.given_by_process(60, measure.measure, large, "cpu", "forward", 10**8) == []
+    assert measure.results_of_process(0.01, measure.measure, large, "cpu", "forward", 10**9) == []
+    assert measure.results_of_process(60, measure.measure, large, "cpu", "forward", 10**8) == []
 
 
 def test_the_command_measures_what_it_predicts(tmp_path):
@@ -168,7 +168,7 @@ def test_the_loss_s_way_decides_what_is_left_of_the_card(monkeypatch, tmp_path):
     # Beside the bucket DeepSpeed holds some numbers.
     assert materialised["categories"]["ZeRO buckets"] < 100 and 0 <= bucket - 200_000_000 < 100
     assert materialised["totals"]["requested"] - ours["totals"]["requested"] > gradient_bytes - bucket
-    left = gpus.find("RTX 3090").total.bytes - ours["totals"]["device"]
+    left = gpus.find("RTX 3090").total_bytes - ours["totals"]["device"]
     assert materialised["totals"]["device"] > gradient_bytes and left > 20e9
 
 
