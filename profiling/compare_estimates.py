@@ -17,7 +17,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,6 +26,9 @@ from ds_cmli.config.presets import PRESETS
 from ds_cmli.errors import UserError
 from ds_cmli.files import check_writable
 from ds_cmli.memory_model import gpus
+
+if TYPE_CHECKING:
+    from profiling.memory.estimates import Setting
 
 IDS = ("E1", "E2", "E3", "E4", "E5")
 SIZE = click.IntRange(1)
@@ -43,7 +46,7 @@ POSITIONS = click.IntRange(3)  # [CLS], [SEP] and a word
 @click.option("--preset", type=click.Choice(tuple(PRESETS)), default="demo",
               help="Whose whole step is predicted and measured.", show_default=True)  # fmt: skip
 @click.option("--gpu-memory", metavar="SIZE",
-              help="Of this machine's GPU where it is not listed: 48GB.")  # fmt: skip
+              help="Of a GPU to predict the whole step for: 48GB.")  # fmt: skip
 @click.option("--sm", metavar="N.N", help="Its compute capability: 8.9.")
 @click.option("--json", "json_path", metavar="FILE", help="The rows, one object each.")
 @click.option("--markdown", "markdown_path", metavar="FILE", help="The tables.")
@@ -56,84 +59,108 @@ def command(only, preset, gpu_memory, sm, json_path, markdown_path, **sizes) -> 
     ids = {part.strip().upper() for part in (only or ",".join(IDS)).split(",")}
     if not ids <= set(IDS):
         raise UserError(f"--only is {only!r}: give some of {', '.join(IDS)}")
-    given_gpu = gpus.chosen(None, gpu_memory, sm)
+    given_gpu = gpus.from_options(None, gpu_memory, sm)
     for name in (json_path, markdown_path):
         if name is not None:
             check_writable(name)
-    from rich.console import Console
-    from rich.markdown import Markdown
+    from profiling.memory.estimates import Setting
 
+    answers = Answers()
+    compare(Setting(**sizes), ids, None if only else preset, given_gpu, answers)
+    answers.print_tables()
+    if json_path is not None:
+        Path(json_path).write_text(json.dumps(answers.content, indent=2) + "\n")
+    if markdown_path is not None:
+        lines = [f"- {sentence}" for sentence in answers.sentences]
+        title = "# Memory: the estimates and the truth"
+        Path(markdown_path).write_text("\n".join([title, "", *lines, "", *answers.tables]))
+
+
+class Answers:
+    """Sentences, printed as they come; tables, printed at the end; and the content of the JSON."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        width = min(100, Console().width) if sys.stdout.isatty() else 100
+        self.console = Console(width=width)
+        self.sentences: list[str] = []
+        self.tables: list[str] = []
+        self.content: list[dict[str, Any]] = []
+
+    def say(self, *sentences: str) -> None:
+        for sentence in sentences:
+            self.sentences.append(sentence)
+            self.console.print(sentence, highlight=False)
+
+    def print_tables(self) -> None:
+        from rich.markdown import Markdown
+
+        for table in self.tables:
+            self.console.print("", Markdown(table))
+
+
+def compare(
+    setting: "Setting",
+    ids: set[str],
+    preset: str | None,
+    given_gpu: gpus.Gpu | None,
+    answers: Answers,
+) -> None:
+    """Answer the estimates `ids`, and the whole step of a preset; None: the estimates alone."""
     from ds_cmli.libraries import silence
-    from profiling.memory.estimates import Setting, arithmetic, claims, question, sentences
+    from profiling.memory.estimates import arithmetic, claims, question, sentences
 
-    setting = Setting(**sizes)
     selected = {id: claim for id, claim in claims(setting).items() if id in ids}
-    console = Console(width=min(100, Console().width) if sys.stdout.isatty() else 100)
-    printed: list[str] = []
-    tables = [arithmetic(selected, setting)]
-    content: list[dict[str, Any]] = []
-
-    def say(*lines: str) -> None:
-        for line in lines:
-            printed.append(line)
-            console.print(line, highlight=False)
-
-    say(question(selected, setting), *sentences(selected))
+    answers.tables.append(arithmetic(selected, setting))
+    answers.say(question(selected, setting), *sentences(selected))
     silence()
     import torch
 
     from ds_cmli.fake_cuda.device import guard
-    from ds_cmli.memory import step_memory
     from ds_cmli.memory.progress import Progress
     from profiling.memory import measure, steps
 
     assumed_gpu = gpus.find(gpus.DEFAULT)
     present_gpu = None
     if torch.cuda.is_available():
-        present_gpu = given_gpu or step_memory.present_gpu(torch.device("cuda", 0))
+        present_gpu = given_gpu or gpus.of_device(torch.cuda.get_device_properties(0))
     if "E4" in ids:
         steps.document_config(setting)  # raises for sizes that its models cannot have
+    predicts = True
     try:
-        predicts = guard() is not None
+        guard()
     except UserError as error:  # the estimates and, on a CPU, the measurements need no compiler
         predicts = False
-        say(f"Not predicted: {error}")
+        answers.say(f"Not predicted: {error}")
     measures = predicts or present_gpu is None
-    variants = steps.VARIANTS if only else steps.VARIANTS[: steps.ANSWERING]
+    variants = steps.VARIANTS[: steps.NUM_ANSWERING] if preset else steps.VARIANTS
     num_trials = measure.num_rows(setting, ids) if measures else 0
     if predicts:
-        num_trials += len(variants) * ("E4" in ids) + (only is None)
+        num_trials += len(variants) * ("E4" in ids) + (preset is not None)
     progress = Progress(num_trials)
     if measures:
         rows = measure.rows(setting, ids, present_gpu, progress.begin)
         progress.end()
         if rows:
-            say(*measure.sentences(rows))
-            tables += measure.tables(rows)
-            content += [asdict(row) for row in rows]
+            answers.say(*measure.sentences(rows))
+            answers.tables += measure.tables(rows)
+            answers.content += [asdict(row) for row in rows]
     if "E4" in ids and predicts:
         reports = steps.predict_document(setting, variants, assumed_gpu, progress.begin)
         progress.end()
-        say(steps.document_sentence(reports, assumed_gpu))
-        tables.append(steps.document_table(reports, assumed_gpu))
+        answers.say(steps.document_sentence(reports, assumed_gpu))
+        answers.tables.append(steps.document_table(reports, assumed_gpu))
         for name, report in reports.items():
-            content.append({"id": "E4", "implementation": name} | report.to_dict())
-    if only is None and predicts:
+            answers.content.append({"id": "E4", "implementation": name} | report.to_dict())
+    if preset is not None and predicts:
         progress.begin(f"the whole step of {preset}")
         num_ranks = setting.P if preset == "paper" else 1
         gpu = present_gpu or given_gpu or assumed_gpu
         sentence, table = steps.whole_step(preset, num_ranks, gpu, present_gpu is not None)
         progress.end()
-        say(sentence)
-        tables.append(table)
-    for table in tables:
-        console.print("", Markdown(table))
-    if json_path is not None:
-        Path(json_path).write_text(json.dumps(content, indent=2) + "\n")
-    if markdown_path is not None:
-        lines = [f"- {line}" for line in printed]
-        page = "\n".join(["# Memory: the estimates and the truth", "", *lines, "", *tables])
-        Path(markdown_path).write_text(page)
+        answers.say(sentence)
+        answers.tables.append(table)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a training needs, before asking for GPUs:
+"""Predict what a training needs, before asking for GPUs:
 
 `python profiling/predict.py --preset paper --world-size 2`
 """

@@ -45,7 +45,7 @@ class Line(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """On the numbers of the document."""
+        """Return whether the document's result is right, for the document's own numbers."""
         if abs(self.value / self.printed - 1) > 0.005:  # it prints three digits
             return f"wrong: the document has {self.printed:,}"
         return "right" if self.value == self.printed else "right, rounded"
@@ -65,19 +65,19 @@ class Claim:
 
 
 def claims(s: Setting = DOCUMENT) -> dict[str, Claim]:
-    """What the document claims, by id, with the sizes of `s`: fp32 in E1 and E2, 16 bit in E3."""
+    """Return the document's claims by id, with the sizes of `s`: fp32 in E1 and E2, 16 bit in E3."""
     kept_positions = s.M - SPECIAL_TOKENS
-    # Dot products: of a pair, of the global loss, of a rank's pairs, as the document counts all pairs, and of all pairs.
-    pair_dots = s.N * s.M
-    global_dots = s.G**2
-    rank_dots = s.B * pair_dots
-    written_dots = s.G * pair_dots
-    all_dots = s.G**2 * pair_dots
-    # As the document multiplies.
+    # Dot products.
+    pair_dots = s.N * s.M  # of a pair
+    global_dots = s.G**2  # of the global loss
+    rank_dots = s.B * pair_dots  # of a rank's pairs
+    written_dots = s.G * pair_dots  # of all pairs, as the document counts
+    all_dots = s.G**2 * pair_dots  # of all pairs
+    # Bytes by the document's formulas.
     global_bytes = 4 * global_dots * s.H
     all_bytes = 4 * written_dots * s.D
     match_bytes = 2 * rank_dots * s.D
-    # As they are stored for a rank's images and all texts.
+    # Bytes that are stored for a rank's images and all texts.
     similarities = 4 * s.B * s.G * pair_dots
     best_tokens = s.N * index_dtype(s.M).itemsize
     best_patches = s.M * index_dtype(s.N).itemsize
@@ -161,7 +161,7 @@ def arithmetic(selected: dict[str, Claim], s: Setting) -> str:
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
-    """As Markdown; columns of numbers are right-aligned."""
+    """Return a Markdown table; columns of numbers are right-aligned."""
     cells_of = [cells for _, *cells in zip(columns, *rows, strict=True)]
     words = (any(cell.strip("0123456789,.-") for cell in cells) for cells in cells_of)
     alignment = ["---" if has_words else "---:" for has_words in words]
@@ -174,7 +174,7 @@ def section(title: str, columns: list[str], rows: list[list[str]], *notes: str) 
 
 
 def count(number: int | None) -> str:
-    """The number with thousands separators, as in 1,024; "-" for None."""
+    """Return the number with thousands separators, as in 1,024; "-" for None."""
     return "-" if number is None else f"{number:,}"
 
 

@@ -31,11 +31,13 @@ from profiling.speed.op import cmli_from, cpu_sizes, materialised_scores, upcast
 def contrastive_loss(
     scores: Callable, image: Tensor, text: Tensor, token_mask: Tensor, logit_scale: Tensor
 ) -> Tensor:
-    """The loss of both scores [I, G], of which the first I columns are the images' own."""
+    """Return the loss of both scores [I, G], whose first I columns are the images' positives."""
     s_i2t, s_t2i = scores(image, text, token_mask)
-    rows, columns = logit_scale.exp() * s_i2t, logit_scale.exp() * s_t2i
-    of_rows, of_columns = rows.logsumexp(1), columns.logsumexp(0)[: len(columns)]
-    return (of_rows + of_columns - rows.diagonal() - columns.diagonal()).mean() / 2
+    logits_i2t = logit_scale.exp() * s_i2t
+    logits_t2i = logit_scale.exp() * s_t2i
+    row_lse = logits_i2t.logsumexp(1)
+    column_lse = logits_t2i.logsumexp(0)[: len(logits_t2i)]
+    return (row_lse + column_lse - logits_i2t.diagonal() - logits_t2i.diagonal()).mean() / 2
 
 
 def broadcast_dots(x: Tensor, y: Tensor) -> Tensor:
@@ -66,7 +68,7 @@ def broadcast_match(tokens: Tensor, patches: Tensor) -> Tensor:
 
 
 def materialised_match(tokens: Tensor, patches: Tensor) -> Tensor:
-    """The same as `broadcast_match`, but stores [B, N, M]."""
+    """Match as `broadcast_match` does, but store [B, N, M]."""
     return (patches @ tokens.transpose(1, 2)).argmax(1)
 
 
@@ -89,7 +91,7 @@ class Implementation:
         return image.requires_grad_(), text.requires_grad_(), mask, logit_scale
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """The loss, or indices."""
+        """Return the loss, or indices."""
         if self.matches:
             return self.function(*inputs)
         return contrastive_loss(self.function, *inputs)
@@ -100,23 +102,30 @@ def implementations(s: Setting, backend: str = "auto") -> dict[tuple[str, str], 
 
     `backend`: of the all-pairs op.
     """
-    kept, dots = s.M - SPECIAL_TOKENS, (s.G, s.H)
-    own, all_images, text = (s.B, s.N, s.D), (s.G, s.N, s.D), (s.G, s.M, s.D)
-    match = partial(Implementation, own, (s.B, s.M, s.D), matches=True)
+    kept = s.M - SPECIAL_TOKENS
+    dots = (s.G, s.H)
+    local_images = (s.B, s.N, s.D)
+    all_images = (s.G, s.N, s.D)
+    text = (s.G, s.M, s.D)
+    match = partial(Implementation, local_images, (s.B, s.M, s.D), matches=True)
     shorter = f"materialised, {kept} of {s.M}"
     return {
         ("E1", "broadcast"): Implementation(dots, dots, global_broadcast),
         ("E1", "materialised"): Implementation(dots, dots, global_materialised),
         ("E1", "ours"): Implementation((s.B, s.H), dots, global_materialised),
         ("E2", "broadcast"): Implementation(all_images, text, broadcast_scores),
-        ("E2", "materialised"): Implementation(own, text, materialised_scores),
-        ("E2", "ours"): Implementation(own, text, partial(cmli_scores, backend=backend)),
+        ("E2", "materialised"): Implementation(local_images, text, materialised_scores),
+        ("E2", "ours"): Implementation(local_images, text, partial(cmli_scores, backend=backend)),
         ("E2", "materialised, all"): Implementation(all_images, text, materialised_scores),
         ("E3", "broadcast"): match(broadcast_match),
         ("E3", "materialised"): match(materialised_match),
         ("E3", "ours"): match(match_patches),
-        ("E5", f"E2 {shorter}"): Implementation(own, (s.G, kept, s.D), materialised_scores),
-        ("E5", f"E3 {shorter}"): Implementation(own, (s.B, kept, s.D), materialised_match, True),
+        ("E5", f"E2 {shorter}"): Implementation(
+            local_images, (s.G, kept, s.D), materialised_scores
+        ),
+        ("E5", f"E3 {shorter}"): Implementation(
+            local_images, (s.B, kept, s.D), materialised_match, True
+        ),
     }
 
 
@@ -128,7 +137,7 @@ class Allocations:
 
     @classmethod
     def of(cls, forward: list[int], backward: list[int] | None = None) -> "Allocations":
-        """From the bytes of allocations (positive) and frees (negative), in order."""
+        """Sum up the bytes of allocations (positive) and frees (negative), in order."""
         peak = max(accumulate([*forward, *(backward or ())]), default=0)
         passes = "forward" if backward is None else "forward and backward"
         return cls(max(forward, default=0), max(peak, 0), passes)
@@ -146,7 +155,7 @@ def run(implementation: Implementation, device: str, backward: bool) -> Iterator
 
 
 def cuda_sizes(call: Callable[[], object]) -> list[int]:
-    """The requested bytes of `call` in CUDA's allocator: allocations positive, frees negative."""
+    """Return the requested bytes of `call` in CUDA's allocator: allocations positive, frees negative."""
     history = torch.cuda.memory
     history._record_memory_history(context=None, stacks="python", max_entries=10**6)
     call()
@@ -160,8 +169,9 @@ def cuda_sizes(call: Callable[[], object]) -> list[int]:
 def predict(
     implementation: Implementation, gpu: Gpu | None = None
 ) -> tuple[Allocations, Allocations]:
-    """Of forward, and of all passes: the same code on tensors with sizes and lifetimes but no data,
-    on the CPU or on `gpu`.
+    """Predict forward, and all passes, by the same code on tensors without data.
+
+    They are on the CPU, or on `gpu`.
     """
     recorder = Recorder("cpu") if gpu is None else Recorder("cuda", gpu)
     with ExitStack() as stack:
@@ -172,12 +182,13 @@ def predict(
         else:
             stack.enter_context(fake_cuda(recorder, gpu))
         inputs = implementation.inputs(recorder.device)
-        known = len(recorder.log)
+        num_inputs_logged = len(recorder.log)
         out = implementation.forward(*inputs)
-        forward = len(recorder.log)
+        num_forward_logged = len(recorder.log)
         if out.requires_grad:
             recorder.phase = "backward"
             out.backward()
         sizes = [event.bytes for event in recorder.events()]
-    first, rest = sizes[known:forward], sizes[forward:]
-    return Allocations.of(first), Allocations.of(first, rest if out.requires_grad else None)
+    forward_sizes = sizes[num_inputs_logged:num_forward_logged]
+    backward_sizes = sizes[num_forward_logged:] if out.requires_grad else None
+    return Allocations.of(forward_sizes), Allocations.of(forward_sizes, backward_sizes)

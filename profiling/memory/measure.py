@@ -1,5 +1,7 @@
-"""E1, E2, E3 and E5 measured beside what is predicted, at the setting itself: in forward alone where
-memory suffices for no more; on a CPU each in a process of its own, of limited time and memory.
+"""E1, E2, E3 and E5 measured beside their predictions, at the given sizes.
+
+If memory does not suffice for backward, forward alone is measured. On a CPU each of them runs in a
+process of its own, with limited time and memory.
 """
 
 import os
@@ -87,15 +89,15 @@ def predicted_and_measured(
     stored = claim.stored.get(name, whole.largest)
     row = Row(id, name, claim.document_bytes, stored, whole.largest, whole.peak)
     if forward.peak > free:
-        needed, available = gigabytes(forward.peak, max(free, 0), digits=1)
-        row.measured_on = f"not measured: needs {needed} GB, {available} GB are free"
+        needed_gb, free_gb = gigabytes(forward.peak, max(free, 0), digits=1)
+        row.measured_on = f"not measured: needs {needed_gb} GB, {free_gb} GB are free"
         return row
     # E5 is about the size of one tensor.
     passes = forward if whole.peak > free or id == "E5" else whole
     after_passes: list[Allocations] = []
     if device == "cpu":
         arguments = implementation, device, passes.passes, passes.peak + SPARE_BYTES
-        after_passes = given_by_process(MAX_SECONDS, measure, *arguments)
+        after_passes = results_of_process(MAX_SECONDS, measure, *arguments)
     else:
         with suppress(torch.OutOfMemoryError):
             after_passes.extend(measure(implementation, device, passes.passes))
@@ -137,7 +139,7 @@ def free_bytes(device: str) -> int:
     return min(MAX_BYTES, psutil.virtual_memory().available - SPARE_BYTES)
 
 
-def given_by_process(
+def results_of_process(
     timeout_s: float, generator: Callable[..., Iterator[Any]], *arguments: Any
 ) -> list[Any]:
     """Return what `generator(*arguments)` yields in a process of its own, until that ends or is ended."""
@@ -147,7 +149,9 @@ def given_by_process(
     if not torch.cuda.is_available():
         context.set_forkserver_preload(["profiling.memory.measure"])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_give, args=(sender, generator, arguments), daemon=True)
+    process = context.Process(
+        target=_send_results, args=(sender, generator, arguments), daemon=True
+    )
     process.start()
     sender.close()  # the process has the other copy, so that its end ends the pipe
     end = time.monotonic() + timeout_s
@@ -160,7 +164,7 @@ def given_by_process(
     return items
 
 
-def _give(sender: Connection, generator: Callable, arguments: tuple) -> None:
+def _send_results(sender: Connection, generator: Callable, arguments: tuple) -> None:
     nothing = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):  # what libraries print
         os.dup2(nothing, stream)
@@ -175,15 +179,15 @@ def sentences(rows: list[Row]) -> list[str]:
     if measured:
         largest = sum(row.measured_bytes == row.predicted_bytes for row in measured)
         peaks = sum(row.measured_peak_bytes == row.predicted_peak_bytes for row in measured)
-        where = measured[0].measured_on.split(",")[0]
+        where, _, _ = measured[0].measured_on.partition(",")
         total = len(measured)
         out.append(
             f"Measured by the {where}: {largest} of {total} largest allocations and {peaks} of {total} "
             "peaks equal the predicted ones."
         )
-    others = [f"{row.id} {row.implementation}" for row in rows if row.measured_bytes is None]
-    if others:
-        out.append(f"Not measured, as the tables say why: {', '.join(others)}.")
+    unmeasured = [f"{row.id} {row.implementation}" for row in rows if row.measured_bytes is None]
+    if unmeasured:
+        out.append(f"Not measured, as the tables say why: {', '.join(unmeasured)}.")
     return out
 
 

@@ -68,7 +68,7 @@ def sizes(counts: tuple[float, ...]) -> None:
 @click.argument("count", type=int)
 def size(name: str, count: int) -> None:
     """Print a row of `sizes`."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.process_time()
     order: Order = FullOrder([count])
     if name == "windowed":
@@ -85,10 +85,10 @@ def size(name: str, count: int) -> None:
     for _ in range(num_batches):
         next(batches)
     done = time.process_time()
-    peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    each = (done - resumed) / max(1, num_batches) / BATCH * 1e6
+    peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle)
+    microseconds = (done - resumed) / max(1, num_batches) / BATCH * 1e6
     print(
-        f"{first - start:8.2f} {resumed - first:9.2f} {each:10.2f} {peak / 1e6:7.0f} {peak / count:9.3f}"
+        f"{first - start:8.2f} {resumed - first:9.2f} {microseconds:10.2f} {peak / 1e6:7.0f} {peak / count:9.3f}"
     )
 
 
@@ -108,13 +108,13 @@ def shuffle(shards: int) -> None:
     rows[f"webdataset, buffer of {BUFFER}"] = lambda: of_buffer(shards)
     print(f"{'order':28} {'of 256':>7} {'of 4096':>8} {'correlation':>12}")
     for name, shards_in_order in rows.items():
-        found = shards_in_order()
-        distinct = [
-            np.mean([len(set(found[i : i + n])) for i in range(0, len(found) - n + 1, n)])
+        shard_of = shards_in_order()
+        batch_shards, global_batch_shards = (
+            np.mean([len(set(shard_of[i : i + n])) for i in range(0, len(shard_of) - n + 1, n)])
             for n in (256, 4096)
-        ]
-        correlation = np.corrcoef(found[:-1], found[1:])[0, 1]
-        print(f"{name:28} {distinct[0]:7.1f} {distinct[1]:8.1f} {correlation:12.3f}")
+        )
+        correlation = np.corrcoef(shard_of[:-1], shard_of[1:])[0, 1]
+        print(f"{name:28} {batch_shards:7.1f} {global_batch_shards:8.1f} {correlation:12.3f}")
 
 
 def of_order(order: Order, count: int = 400_000) -> np.ndarray:
@@ -157,10 +157,12 @@ def images(shards: int, samples: int, latency: float) -> None:
             }
             print(f"{'':24} {'images/s':>9} {'images/CPU s':>13}")
             for row, epoch in rows.items():
-                start, cpu = time.perf_counter(), time.process_time()
+                started = time.perf_counter()
+                cpu_started = time.process_time()
                 count = sum(epoch())
-                seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-                print(f"{row:24} {count / seconds:9.0f} {count / cpu:13.0f}", flush=True)
+                seconds = time.perf_counter() - started
+                cpu_seconds = time.process_time() - cpu_started
+                print(f"{row:24} {count / seconds:9.0f} {count / cpu_seconds:13.0f}", flush=True)
 
 
 def make_shards(folder: Path, shards: int, samples: int) -> None:

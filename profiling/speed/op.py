@@ -169,7 +169,7 @@ def serve(case: str) -> None:
         print(seconds(call, clock, problem.image.device), flush=True)
 
 
-class Server:
+class ContenderProcess:
     """A process that calls one contender, of one checkout."""
 
     def __init__(self, checkout: Path, case: tuple, threads: int):
@@ -228,19 +228,19 @@ def measure(
     `maxsim` is left out where there is no GPU or no late-interaction-kernels.
     """
     kernels = importlib.util.find_spec("late_interaction_kernels")
-    servers = {}
+    runners = {}
     for name in contenders:
         if name == "maxsim" and (device == "cpu" or kernels is None):
             continue
         num_texts = images if name == "loss" else texts
         case = (name, clock, threads, setting, images, num_texts, dtype, device)
-        servers[name] = Server(ROOT, case, threads)
+        runners[name] = ContenderProcess(ROOT, case, threads)
         if beside is not None and name in ("scores", "loss"):
-            servers[f"{name} beside"] = Server(beside.resolve(), case, threads)
-    times = in_turn({name: server.seconds for name, server in servers.items()}, repeats)
-    for server in servers.values():
-        server.process.kill()
-    return {name: Speed(statistics.median(times[name]), servers[name].bytes) for name in servers}
+            runners[f"{name} beside"] = ContenderProcess(beside.resolve(), case, threads)
+    times = in_turn({name: runner.seconds for name, runner in runners.items()}, repeats)
+    for runner in runners.values():
+        runner.process.kill()
+    return {name: Speed(statistics.median(times[name]), runners[name].bytes) for name in runners}
 
 
 @click.command(help=(__doc__ or "").split("\n\n")[1])

@@ -91,12 +91,12 @@ def command(deepspeed_config, settings, repeats, clock, **options) -> None:
     runs = {name: run(step) for name, step in steps.items()}
     in_turn(runs, 2)  # they warm up: optimizer states are made, and shapes seen
     times = in_turn(runs, repeats)
-    ours, theirs = (statistics.median(times[name]) * 1e3 for name in steps)
+    trainer_ms, plain_ms = (statistics.median(times[name]) * 1e3 for name in steps)
     ratio = statistics.median(a / b for a, b in zip(*times.values(), strict=True))
     print(
         f"{device.type}, {torch.get_num_threads()} threads, {ds_config.precision}, "
         f"{micro_batch} pairs, ZeRO-{ds_config.stage}: "
-        f"trainer {ours:.1f} ms, plain loop {theirs:.1f} ms, ratio {ratio:.3f} (medians)"
+        f"trainer {trainer_ms:.1f} ms, plain loop {plain_ms:.1f} ms, ratio {ratio:.3f} (medians)"
     )
     distributed.shutdown()
 

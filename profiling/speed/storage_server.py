@@ -65,7 +65,6 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def http(folder: Path, latency: float = 0.0, failures: float = 0.0):
-    """Serve a folder over HTTP."""
     with Server(folder, latency, failures) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         yield server
