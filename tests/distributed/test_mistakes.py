@@ -27,7 +27,7 @@ def train(rank: int, ranks_with_mistake: tuple[int, ...], has_group: bool) -> No
             process_group.init()
         dist.barrier()
 
-    with mock.patch.object(sys, "argv", ["train"]), mock.patch.object(mistakes, "MEETING", 2.0):
+    with mock.patch.object(sys, "argv", ["train"]), mock.patch.object(mistakes, "MEETING_SECONDS", 2.0):
         sys.exit(exit_code(command))
 
 
