@@ -126,7 +126,7 @@ def document_sentence(reports: dict[str, Report], gpu: Gpu) -> str:
     """Answer E4."""
     return (
         f"A whole step (E4), predicted for a {gpu.name} (the draft says 24 GB and names no GPU; this one has "
-        f"{gigabytes(gpu.total.bytes)[0]} GB): all pairs of the batch leave "
+        f"{gigabytes(gpu.total_bytes)[0]} GB): all pairs of the batch leave "
         f"{verdict(reports['ours'], gpu)} with ours; with every similarity stored the same step has "
         f"{verdict(reports['materialised'], gpu)}."
     )
