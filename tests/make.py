@@ -1,4 +1,4 @@
-"""What tests build: pictures, tables, tars, JSON, runs, batches, engines. Each is small and made by a seed."""
+"""Pictures, tables, tars, JSON, runs, batches and engines of tests. Each is small and made by a seed."""
 
 import io
 import json
@@ -44,14 +44,14 @@ def refused(call: Callable, *arguments: object, **options: object) -> str:
 
 
 def picture(number: int, side: int = 40) -> Image.Image:
-    """A picture unlike those of other numbers: stripes in two colours."""
+    """Return a picture unlike those of other numbers: stripes in two colours."""
     image = Image.new("RGB", (side, side), (number * 53 % 256, number * 101 % 256, number * 197 % 256))
     image.paste((255 - number * 31 % 256, number * 71 % 256, 90), (0, number * 7 % side, side, side))
     return image
 
 
 def pictures(folder: Path, *names: str, side: int = 40) -> Path:
-    """A folder of pictures in files of these names."""
+    """Write pictures in files of these names, and return the folder."""
     for number, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         picture(number, side).save(folder / name)
@@ -61,7 +61,7 @@ def pictures(folder: Path, *names: str, side: int = 40) -> Path:
 def pairs(
     folder: Path, count: int = 24, broken: Sequence[int] = (), empty: Sequence[int] = (), column: str = "text"
 ) -> str:
-    """A folder of pictures with a table of captions, those of the numbers damaged."""
+    """Write pictures with a table of captions, those of some numbers damaged, and return the folder."""
     pictures(folder, *(f"{number}.png" for number in range(count)))
     lines = []
     for number in range(count):
@@ -73,8 +73,16 @@ def pairs(
     return str(folder)
 
 
+def captioned(folder: Path, captions: Sequence[Sequence[str]]) -> str:
+    """Write pictures 0.png, 1.png, ... and a table of their captions, and return the folder."""
+    pictures(folder, *(f"{number}.png" for number in range(len(captions))))
+    rows = [{"file_name": f"{number}.png", "text": text} for number, texts in enumerate(captions) for text in texts]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
 def shard(path: Path, members: Iterable[tuple], form: int = tarfile.PAX_FORMAT) -> Path:
-    """A tar of members: name and content, or name, target and type of a link."""
+    """Write a tar of members: name and content, or name, target and type of a link."""
     with tarfile.open(path, "w", format=form) as archive:
         for name, content, *link in members:
             member = tarfile.TarInfo(name)
@@ -94,7 +102,7 @@ def png(number: int) -> bytes:
 
 
 def tar(path: Path, count: int = 24, first: int = 0) -> str:
-    """A WebDataset tar: `N.png` and `N.txt`."""
+    """Write a WebDataset tar: `N.png` and `N.txt`."""
     numbers = range(first, first + count)
     pictures = [(f"{number:04}.png", png(number)) for number in numbers]
     texts = [(f"{number:04}.txt", f"a blue circle {number}".encode()) for number in numbers]
@@ -102,7 +110,7 @@ def tar(path: Path, count: int = 24, first: int = 0) -> str:
 
 
 def parquet(folder: Path, count: int = 24) -> str:
-    """A folder with a parquet file of pictures and captions."""
+    """Write a parquet file of pictures and captions, and return its folder."""
     import datasets
 
     images = [{"bytes": png(number), "path": f"{number}.png"} for number in range(count)]
@@ -124,7 +132,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 
 def karpathy(path: Path, images: Iterable[tuple[str, str, Sequence[str]]]) -> str:
-    """Karpathy's list of images: file, split, captions."""
+    """Write Karpathy's list of images: file, split, captions."""
     content = []
     for file, split, texts in images:
         place, name = os.path.split(file)
@@ -134,12 +142,12 @@ def karpathy(path: Path, images: Iterable[tuple[str, str, Sequence[str]]]) -> st
 
 
 def config(**sections: dict) -> Config:
-    """The preset `tiny` of one layer, with other settings."""
+    """Return the preset `tiny` of one layer, with other settings."""
     return load_preset("tiny", {name: {**SMALL.get(name, {}), **sections.get(name, {})} for name in SMALL | sections})
 
 
 def models(**sections: dict) -> tuple[nn.Module, nn.Module | None]:
-    """The objective, with its student and losses, and the teacher if a loss needs it."""
+    """Return the objective, with its student and losses, and the teacher if a loss needs it."""
     from ds_cmli.engine import build_models
 
     chosen = config(**sections)
@@ -159,32 +167,31 @@ def data(source: str | Path | list[str], seed: int = 0, **settings):
 
 
 def batches(data, size: int, number: int, rank: int = 0, world: int = 1) -> list[Batch]:
-    """A rank's micro-batches: the samples rank, rank + world, ... of the training set in their order."""
+    """Return a rank's micro-batches: the samples rank, rank + world, ... of the training set in their order."""
     samples = range(rank, len(data.train), world)
     parts = [samples[start : start + size] for start in range(0, size * number, size)]
     return [data.collate([data.train[sample] for sample in part]) for part in parts]
 
 
 def train_engine(device: torch.device, ds_config: dict, steps: int = 6, world: int = 1, **sections: dict):
-    """The engine that the trainer would build; in `device`'s process group."""
+    """Return the engine that the trainer would build, in `device`'s process group."""
     from ds_cmli import engine
     from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 
     chosen = config(**sections)
-    on_device = engine.adapt_to_device(DeepSpeedConfig.of(ds_config))
-    resolved = on_device.filled(chosen, world, steps)
+    resolved = engine.adapt_to_device(DeepSpeedConfig.of(ds_config)).filled(chosen, world, steps)
     return engine.build(chosen, resolved, data_of(chosen).vocab_size, steps, device)
 
 
 def step(trained, micro_batches: list[Batch]) -> dict[str, float]:
-    """Train one optimizer step; the means of the losses over its micro-batches, by name."""
+    """Train one optimizer step, and return the means of the losses over its micro-batches, by name."""
     losses = trained.step(micro_batches)
     means = {name: torch.stack([loss.losses[name] for loss in losses]).mean().item() for name in losses[0].losses}
     return {"total": torch.stack([loss.total for loss in losses]).mean().item(), **means}
 
 
 def gradients(trained, micro_batches: list[Batch]) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Train one step; its losses, and the whole gradients that the optimizer gets, by parameter."""
+    """Train one step, and return its losses and the whole gradients that the optimizer gets, by parameter."""
     from deepspeed.utils import safe_get_full_grad
 
     engine = trained.engine
@@ -213,7 +220,7 @@ def relative_differences(gradient_by_name: dict[str, Tensor], expected: dict[str
 
 
 def train(*arguments: str, world: int = 1, stop_at: int | None = None) -> int:
-    """The exit code of `ds-cmli-train` in this process as the only rank, or on ranks of their own; see `drive`."""
+    """Return the exit code of a training in this process as the only rank, or on ranks of their own; see `drive`."""
     from tests.drive_train import drive, drive_rank
 
     if world > 1:
@@ -224,7 +231,7 @@ def train(*arguments: str, world: int = 1, stop_at: int | None = None) -> int:
 
 
 def small(options: dict[str, object], settings: dict[str, object] | None = None) -> list[str]:
-    """The arguments of the smallest training, with other options and settings; None leaves one to the preset."""
+    """Return the arguments of the smallest training, with other options and settings; None leaves one to the preset."""
     chosen: dict[str, object] = {"run.match_maps": 0, "data.workers": 0}
     for section, values in SMALL.items():
         chosen |= {f"{section}.{name}": value for name, value in values.items()}
@@ -238,13 +245,13 @@ def small(options: dict[str, object], settings: dict[str, object] | None = None)
 
 
 def lines(folder: Path, key: str = "loss") -> list[dict]:
-    """The lines of a run's metrics that have `key`."""
+    """Return the lines of a run's metrics that have `key`."""
     logged = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [line for line in logged if key in line]
 
 
 def metrics(folder: Path) -> list[dict]:
-    """Every line, without the columns that differ from run to run."""
+    """Return every line, without the columns that differ from run to run."""
     measured = {"pairs_per_s", "time/data", "peak_memory_bytes", "tflops", "mfu"}
     return [{name: x for name, x in line.items() if name not in measured} for line in lines(folder, "step")]
 
@@ -254,7 +261,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 def untrained(losses: Sequence[str] = ("global", "cmli"), **sections: dict):
-    """The configuration of a run in the sizes of `tiny`, its objective with random weights, and its tokenizer."""
+    """Return a run's configuration in the sizes of `tiny`, its objective with random weights, and its tokenizer."""
     from ds_cmli.data.tokens import tokenizer_of
     from ds_cmli.engine import build_models
 
@@ -265,7 +272,7 @@ def untrained(losses: Sequence[str] = ("global", "cmli"), **sections: dict):
 
 
 def write_run(folder: Path, losses: Sequence[str] = ("global", "cmli"), **sections: dict) -> Path:
-    """A run of `untrained` as training leaves it."""
+    """Write a run of `untrained` as training leaves it."""
     return save_run(folder, *untrained(losses, **sections))
 
 

@@ -154,7 +154,7 @@ ROWS = (
      "patches = square.[-flatten-]{+transpose(2, 3).flatten+}(2)"),
     ("models-projection", "models/student.py", "test_one_projection_starts_orthonormal_and_serves_both_sides",
      "[-            nn.init.orthogonal_(self.projection.weight)\n-]{++}"),
-    # What a run's folder loads as, and what is written of it: constants and tied tables lost, the wrong end.
+    # A run's folder and its export: constants and tied tables lost, the wrong end.
     ("hf-constants", "models/hf.py", "test_what_was_trained_is_loaded_to_the_bit",
      "[-model.get_buffer(name).copy_(value)-]{+pass+}"),
     ("hf-tied", "models/hf.py", "test_what_was_trained_is_loaded_to_the_bit",
@@ -270,9 +270,9 @@ def outcome(mutant: Mutant) -> str:
 
 
 def main(names: list[str]) -> int:
-    unknown = set(names) - {mutant.name for mutant in MUTANTS}
-    if unknown:
-        raise SystemExit(f"no mutant is named {', '.join(sorted(unknown))}")
+    wrong_names = set(names) - {mutant.name for mutant in MUTANTS}
+    if wrong_names:
+        raise SystemExit(f"no mutant is named {', '.join(sorted(wrong_names))}")
     chosen = [mutant for mutant in MUTANTS if mutant.name in names or not names]
     for mutant in chosen:
         mutated(mutant)

@@ -109,11 +109,11 @@ def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST | str]]:
     elif isinstance(node, ast.Call):
         for index in range(len(node.keywords)):
             if node.keywords[index].arg:
-                rest = node.keywords[:index] + node.keywords[index + 1 :]
-                yield "argument", ast.Call(node.func, node.args, rest)
+                other_keywords = node.keywords[:index] + node.keywords[index + 1 :]
+                yield "argument", ast.Call(node.func, node.args, other_keywords)
         if len(node.args) > 1 and not any(isinstance(argument, ast.Starred) for argument in node.args):
-            first, second, *rest_of_arguments = node.args
-            yield "argument", ast.Call(node.func, [second, first, *rest_of_arguments], node.keywords)
+            first, second, *others = node.args
+            yield "argument", ast.Call(node.func, [second, first, *others], node.keywords)
 
 
 def statement_changes(node: ast.stmt) -> Iterator[tuple[str, ast.AST, str]]:
@@ -164,14 +164,14 @@ def mutants_of(path: Path) -> list[RandomMutant]:
 
 def draw(count: int, seed: int, room: str) -> list[RandomMutant]:
     """Return `count` mutants, of lines that are drawn with equal chances, without two of one line."""
-    by_line = defaultdict(list)
+    mutants_by_line = defaultdict(list)
     for path in sorted((ROOT / "ds_cmli").rglob("*.py")):
         if str(path.relative_to(ROOT / "ds_cmli")).startswith(room):
             for mutant in mutants_of(path):
-                by_line[mutant.file, mutant.line].append(mutant)
+                mutants_by_line[mutant.file, mutant.line].append(mutant)
     chance = random.Random(seed)
-    lines = chance.sample(sorted(by_line), min(count, len(by_line)))
-    return [chance.choice(by_line[line]) for line in lines]
+    lines = chance.sample(sorted(mutants_by_line), min(count, len(mutants_by_line)))
+    return [chance.choice(mutants_by_line[line]) for line in lines]
 
 
 SETTINGS = """[run]
@@ -256,6 +256,7 @@ def main(count: int, seed: int, room: str, kept: Path, jobs: int) -> int:
             outcomes[result] += 1
             print(f"{result:14} {mutant.file}:{mutant.line} {mutant.name.partition(': ')[2]}", flush=True)
     killed = outcomes["killed"] + outcomes["killed by time"]
-    asked = len(mutants) - outcomes["equivalent"]
-    print(f"{len(mutants)} mutants of seed {seed}: {dict(outcomes)}; {killed / max(asked, 1):.0%} of {asked} killed")
-    return int(killed < 0.9 * asked)
+    num_asked = len(mutants) - outcomes["equivalent"]
+    share = f"{killed / max(num_asked, 1):.0%} of {num_asked} killed"
+    print(f"{len(mutants)} mutants of seed {seed}: {dict(outcomes)}; {share}")
+    return int(killed < 0.9 * num_asked)

@@ -1,6 +1,6 @@
 """A mistake in an option, setting or file: exit code 2, one line on stderr that names it, nothing written.
 
-A row of `mistakes.py` is a command line, in which {here} is a folder, what the line must name, and perhaps a function
+A row of `mistakes.py` is a command line, in which {folder} is a folder, what the line must name, and perhaps a function
 that prepares the folder.
 """
 
@@ -35,7 +35,7 @@ ROWS = [pytest.param(*(*row, None)[:3], id=f"{row[0][:60]} {row[1][:40]}") for r
 def argv(line: str, folder: Path) -> tuple[str, list[str]]:
     """Return the command and its arguments, with those of a small training added."""
     command, *words = shlex.split(line)
-    words = [word.format(here=folder) for word in words]
+    words = [word.format(folder=folder) for word in words]
     if command in ("train", "memory") and "--preset" not in words:
         words = ["--preset", "tiny", *words]
     if command == "train" and "--output-dir" not in words:
@@ -84,7 +84,7 @@ def train_in_own_folder(rank: int, world: int, words: list[str], folders: list[s
 
 @pytest.mark.parametrize(
     "options, named",
-    [("--data {here}/pairs-{{rank}}", "rank 1: "), ("--data {here}/pairs-0 --output-dir run", "--output-dir")],
+    [("--data {folder}/pairs-{{rank}}", "rank 1: "), ("--data {folder}/pairs-0 --output-dir run", "--output-dir")],
 )
 def test_a_mistake_of_one_rank_ends_all_ranks(options, named, tmp_path):
     make.pairs(tmp_path / "pairs-0")

@@ -3,7 +3,10 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -115,23 +118,29 @@ def test_a_foreign_file_is_one_line_and_runs_no_code(stage, name, content, run, 
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("num_written", [0, 6])
-def test_a_full_disk_leaves_the_checkpoint_before(num_written, run, arguments, monkeypatch, capfd):
-    written = []
+@contextmanager
+def full_disk(run: Path, num_written: int, checkpoint: str) -> Iterator[None]:
+    """Have the disk take no more, once `num_written` files are written and this checkpoint is begun."""
     write = CheckpointWriter.write
+    written = []
 
-    def full(writer, path, write_to):
+    def write_to_full_disk(writer, path, write_to):
         def write_if_there_is_room(path):
             written.append(path)
-            if len(written) > num_written and "step6" in "".join(os.listdir(run / "checkpoint")):
+            if len(written) > num_written and checkpoint in "".join(os.listdir(run / "checkpoint")):
                 raise OSError(28, "No space left on device")
             write_to(path)
 
         write(writer, path, write_if_there_is_room)
 
+    with mock.patch.object(CheckpointWriter, "write", write_to_full_disk):
+        yield
+
+
+@pytest.mark.parametrize("num_written", [0, 6])
+def test_a_full_disk_leaves_the_checkpoint_before(num_written, run, arguments, capfd):
     contents_before = make.contents(run / "checkpoint")
-    with monkeypatch.context() as patch:
-        patch.setattr(CheckpointWriter, "write", full)
+    with full_disk(run, num_written, "step6"):
         line = refused(*arguments, "--output-dir", run, "--steps", "6", "--resume-with-changes")
     assert "the last checkpoint could not be written" in line and "No space left" in line
     assert "warning: no checkpoint at step 6, the one before stays" in capfd.readouterr().out
@@ -140,19 +149,9 @@ def test_a_full_disk_leaves_the_checkpoint_before(num_written, run, arguments, m
     assert [line["step"] for line in make.lines(run)] == list(range(1, 9))
 
 
-def test_a_signal_whose_checkpoint_cannot_be_written_is_an_error_not_a_stop(run, arguments, monkeypatch, capfd):
-    write = CheckpointWriter.write
-
-    def full(writer, path, write_to):
-        def fail(path):
-            raise OSError(28, "No space left on device")
-
-        write(writer, path, fail)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CheckpointWriter, "write", full)
-        with pytest.raises(UserError, match=r"^the last checkpoint could not be written \(.*No space left.*$"):
-            drive([*arguments, "--output-dir", str(run)], stop_at=5)
+def test_a_signal_whose_checkpoint_cannot_be_written_is_an_error_not_a_stop(run, arguments, capfd):
+    with full_disk(run, 0, "step5"), pytest.raises(UserError, match=r"^the last .* be written \(.*No space left.*$"):
+        drive([*arguments, "--output-dir", str(run)], stop_at=5)
     printed = capfd.readouterr().out
     assert "warning: no checkpoint at step 5, the one before stays" in printed and "stopped at" not in printed
     assert drive([*arguments, "--output-dir", str(run)]) == 0

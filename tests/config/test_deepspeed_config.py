@@ -13,7 +13,7 @@ from tests import make
 from tests.config import fuzz_json
 from tests.conftest import ZERO1
 
-# Whether a device has a GPU's fp16, and fast bf16.
+# A device has a GPU's fp16, and fast bf16.
 CPU = (False, True)
 OLD_CPU = (False, False)
 AMPERE = (True, True)

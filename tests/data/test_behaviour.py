@@ -1,8 +1,5 @@
 """The sampler, and tokens and ids of the data of the smallest folders."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -35,17 +32,10 @@ def test_another_global_batch_goes_on_and_a_larger_one_loses_only_the_end_of_the
     assert (sampler.epoch, sampler.position) == (epoch, first + global_batch)
 
 
-def listed(folder: Path, texts: list[list[str]]):
-    """Return the data of pictures 0.png, 1.png, ... with these captions."""
-    make.pictures(folder, *(f"{n}.png" for n in range(len(texts))))
-    rows = [{"file_name": f"{n}.png", "text": text} for n, captions in enumerate(texts) for text in captions]
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return make.data(folder, val_source=str(folder))
-
-
 def test_tokens_are_those_of_the_caption_without_special_ones_and_padding(tmp_path):
     captions = ["one", "two words", "a much longer caption " * 3, "end"]
-    loaded = listed(tmp_path, [[text] for text in captions])
+    source = make.captioned(tmp_path, [[text] for text in captions])
+    loaded = make.data(source, val_source=source)
     batch = make.batches(loaded, 4, 1)[0]  # all samples, in their order
     positions = range(batch.input_ids.shape[1])
     for row, text in enumerate(captions):
@@ -57,7 +47,8 @@ def test_tokens_are_those_of_the_caption_without_special_ones_and_padding(tmp_pa
 
 
 def test_equal_pictures_and_equal_captions_are_told_by_their_ids(tmp_path):
-    loaded = listed(tmp_path, [["same", "other"], ["same"], ["third"], ["fourth"]])
+    source = make.captioned(tmp_path, [["same", "other"], ["same"], ["third"], ["fourth"]])
+    loaded = make.data(source, val_source=source)
     assert len(loaded.train) == 4  # a picture a sample, with one of its captions at a turn
     ids = loaded.collate([loaded.train[n] for n in range(4)]).pair_id
     assert len({*ids[:, 0].tolist()}) == 4

@@ -86,10 +86,10 @@ def test_evaluation_of_a_run_on_its_own_and_on_other_data(tmp_path, monkeypatch)
     make.pairs(tmp_path / "b", 7, column="german")
     run = config(source=str(tmp_path / "a"), held_out=4, image_root=str(tmp_path / "a"), image_key="file_name")
     assert len(build_eval_data(evaluation_data(run, str(tmp_path / "a")), 0, None)[0]["val"]) == 4
-    other = evaluation_data(run, str(tmp_path / "b"))
-    assert (other.image_root, other.image_key, other.val_source) == ("", "", str(tmp_path / "b"))
+    other_data = evaluation_data(run, str(tmp_path / "b"))
+    assert (other_data.image_root, other_data.image_key, other_data.val_source) == ("", "", str(tmp_path / "b"))
     with pytest.raises(UserError, match=r"german.*data\.caption_key"):
-        build_eval_data(other, 0, None)
+        build_eval_data(other_data, 0, None)
     monkeypatch.chdir(tmp_path / "b")
     assert evaluation_data(run, ".").image_root == ""
 

@@ -22,7 +22,7 @@ def test_few_shards_have_what_is_held_out_of_many():
     held_out = hold_out("bucket", InShards(sizes), None)
     assert len(set(held_out.tolist())) == 1000 and (np.diff(held_out) > 0).all()
     assert len(set((held_out // 9_000).tolist())) == 16
-    assert (hold_out("bucket", InShards(sizes), 1000) == held_out).all()  # no start has others
+    assert hold_out("bucket", InShards(sizes), 1000).tolist() == held_out.tolist()  # no start has others
     assert len(set((from_few_shards(np.full(50, 10), 200) // 10).tolist())) == 40  # 16 shards have only 160
 
 

@@ -1,4 +1,4 @@
-"""What each launcher sets becomes torch's own variables, or is refused in one line."""
+"""Variables of each launcher become torch's own, or are refused in one line."""
 
 import os
 import stat
@@ -44,7 +44,7 @@ def test_a_task_of_srun_is_mapped(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "line"),
+    ("variables", "line"),
     [
         ("WORLD_SIZE=2", "RANK, WORLD_SIZE and LOCAL_RANK: KeyError: 'RANK'"),
         ("RANK=1", "RANK is 1 and WORLD_SIZE is 1: the ranks are 0 to 0"),
@@ -52,9 +52,9 @@ def test_a_task_of_srun_is_mapped(monkeypatch, tmp_path):
         ("SLURM_STEP_ID=0 SLURM_NTASKS=2", "SLURM_STEP_ID is set: start it by srun, .*: KeyError: 'SLURM_LOCALID'"),
     ],
 )
-def test_an_environment_that_no_launcher_sets_is_one_line(monkeypatch, given, line):
+def test_an_environment_that_no_launcher_sets_is_one_line(monkeypatch, variables, line):
     with pytest.raises(UserError, match=f"^{line}"):
-        mapped(monkeypatch, dict(pair.split("=") for pair in given.split()))
+        mapped(monkeypatch, dict(pair.split("=") for pair in variables.split()))
 
 
 def test_a_device_that_is_not_here(monkeypatch):

@@ -49,22 +49,22 @@ def everything(train_engine) -> list[torch.Tensor]:
 
 
 @contextmanager
-def spoiled(train_engine, what):
+def spoiled(train_engine, kind):
     """Inside, the loss is NaN, with finite gradients, or it is finite and the gradients are not."""
 
     def spoil(module, inputs, output):
         total, losses = output
-        if what == "gradient":
+        if kind == "gradient":
             total.register_hook(lambda gradient: gradient * torch.inf)
-        return (total + torch.nan if what == "nan" else total), losses
+        return (total + torch.nan if kind == "nan" else total), losses
 
     with train_engine.objective.register_forward_hook(spoil):
         yield
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage, zero, precision, what", CASES)
-def test_a_bad_step_changes_nothing_and_the_next_goes_on(device, data, stage, zero, precision, what, fp16_device):
+@pytest.mark.parametrize("stage, zero, precision, kind", CASES)
+def test_a_bad_step_changes_nothing_and_the_next_goes_on(device, data, stage, zero, precision, kind, fp16_device):
     batches = make.batches(data, 8, 5)
     optim = {"warmup_share": 0.0, "ema_decay": 0.9}
     ds_config = {"gradient_accumulation_steps": 2, "zero_optimization": {"stage": stage, **zero}}
@@ -74,7 +74,7 @@ def test_a_bad_step_changes_nothing_and_the_next_goes_on(device, data, stage, ze
         micro_batch(train_engine, batch)
     assert not train_engine.skipped
     micro_batch(train_engine, batches[2])
-    with spoiled(train_engine, what):
+    with spoiled(train_engine, kind):
         micro_batch(train_engine, batches[3])  # the last of an accumulation
     assert train_engine.skipped
     # Logged, although ZeRO-3 holds parts of the parameters only after a skipped step.
@@ -123,13 +123,13 @@ def arguments(alone, source, tmp_path):
     return [*make.small({"--steps": 10, "--output-dir": tmp_path / "run"}), *source]
 
 
-def bad_steps(monkeypatch, what, numbers):
+def bad_steps(monkeypatch, kind, numbers):
     """Have these steps, counted over everything trained in this test, be `spoiled`."""
     step = engine.TrainEngine.step
     count = itertools.count(1)
 
     def counted(train_engine, micro_batches, heartbeat):
-        with spoiled(train_engine, what if next(count) in numbers else ""):
+        with spoiled(train_engine, kind if next(count) in numbers else ""):
             return step(train_engine, micro_batches, heartbeat)
 
     monkeypatch.setattr(engine.TrainEngine, "step", counted)

@@ -63,7 +63,7 @@ def test_a_rank_learns_of_its_launchers_end(env):
         cwd=ROOT, env=clean_environment() | env, stdout=subprocess.PIPE, text=True, process_group=0,
     )  # fmt: skip
     while launcher.stdout.readline() != "ready\n":
-        assert launcher.poll() is None
+        assert launcher.poll() is None, f"it has ended with {launcher.returncode}"
     launcher.kill()
     if env:
         assert launcher.stdout.readline() == "the end of its launcher\n"

@@ -85,8 +85,8 @@ def end_of(folder: Path, fate: str, victim: int, world: int = 2) -> tuple[list[i
     """Return the exit codes, the lines of output, and the seconds from the fate to the end of another rank."""
     log = folder / "log"
     ranks = start_function(train, world, log, fate, victim, SLURMD_NODENAME="node-7")
-    other = ranks[0 if victim else 1]
-    other.join(100)
+    another = ranks[0 if victim else 1]
+    another.join(100)
     end = time.time()
     for rank in ranks:
         rank.join(0 if fate == "is stopped" else SLACK)

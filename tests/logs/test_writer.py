@@ -76,11 +76,11 @@ def test_wandb_gets_what_tensorboard_gets_offline(folder):
     code += "write(Path(sys.argv[1]), [1, 2], 0, 'wandb')"
     done = python("-c", code, folder, env={**os.environ, "WANDB_MODE": "offline", "WANDB_DIR": str(folder / "x")})
     assert done.returncode == 0 and "warning" not in done.stdout, done.stderr
-    (one,) = (folder / "x" / "wandb").glob("offline-run-*")
-    assert one.name.endswith((folder / "wandb" / "run-id").read_text())  # by which the next start goes on
-    content = next(one.glob("*.wandb")).read_bytes()
+    (run_folder,) = (folder / "x" / "wandb").glob("offline-run-*")
+    assert run_folder.name.endswith((folder / "wandb" / "run-id").read_text())  # by which the next start goes on
+    content = next(run_folder.glob("*.wandb")).read_bytes()
     assert b"loss/total" in content and b"eval/seen/combined/i2t_r1" in content and b"context_length" in content
-    assert len(list(one.glob("files/media/images/**/*.png"))) == 1
+    assert len(list(run_folder.glob("files/media/images/**/*.png"))) == 1
 
 
 def test_a_wandb_that_is_not_installed_is_refused(tmp_path, monkeypatch):

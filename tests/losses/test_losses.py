@@ -1,7 +1,5 @@
 """The losses of a training step against the equations in loops; (7), (9) and (10) by hand."""
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,10 +22,8 @@ MASK = torch.tensor([[True, True], [True, False]])
 
 
 def trained(device, folder, losses=LOSSES):
-    """An engine whose next batch has two equal captions, and the batch."""
-    source = make.pairs(folder, len(CAPTIONS))
-    rows = [{"file_name": f"{n}.png", "text": text} for n, text in enumerate(CAPTIONS)]
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    """Return an engine whose next batch has two equal captions, and the batch."""
+    source = make.captioned(folder, [[text] for text in CAPTIONS])
     sections = {
         "loss": {"weights": dict.fromkeys(losses, 1.0)},
         "data": {"source": source, "val_source": source},

@@ -195,8 +195,8 @@ def test_a_deterministic_run_is_predicted_with_the_partial_gradients_of_attentio
 
 def test_each_group_of_ranks_is_a_communicator_on_the_device(usual):
     """All ranks form one group, and DeepSpeed clones it. A single rank connects to nobody."""
-    outside = usual.totals["device"] - usual.totals["reserved"]
-    assert outside == A100.context_bytes + 2 * A100.nccl_bytes
+    bytes_outside = usual.totals["device"] - usual.totals["reserved"]
+    assert bytes_outside == A100.context_bytes + 2 * A100.nccl_bytes
     single = predicted(Step(config(("global",)), ds_json()), A100)
     assert single.totals["device"] - single.totals["reserved"] == A100.context_bytes
 
@@ -223,8 +223,8 @@ def test_a_training_has_the_same_bits_before_and_after_predictions_that_end_well
     apply = nn.Module._apply
     hook = sys.excepthook
     generator = torch.get_rng_state()
-    first, of_8_ranks, again = (predicted(Step(config(), json_, world), A100).totals for world in (1, 8, 1))
-    assert first["requested"] == again["requested"] != of_8_ranks["requested"]
+    first, eight_ranks, again = (predicted(Step(config(), json_, world), A100).totals for world in (1, 8, 1))
+    assert first["requested"] == again["requested"] != eight_ranks["requested"]
     with pytest.raises(UserError, match="no_such_model"):
         predicted(Step(config(student={"image_model": "no_such_model"}), json_, 2), A100)
     assert nn.Module._apply is apply and sys.excepthook is hook and not torch.cuda.is_available()

@@ -4,7 +4,7 @@ from ds_cmli.memory_model import gpus
 from tests import make
 
 M = 2**20
-# As nvidia-smi prints them.
+# Names that nvidia-smi prints.
 REPORTED = {
     "Tesla T4": "T4 16GB", "NVIDIA A10G": "A10G 24GB", "NVIDIA GeForce RTX 3090": "RTX 3090 24GB",
     "NVIDIA A100-SXM4-80GB": "A100 80GB", "NVIDIA A100 80GB PCIe": "A100 80GB", "NVIDIA H100 PCIe": "H100 PCIe 80GB",

@@ -59,7 +59,7 @@ def saved(folder: Path, model, processor) -> Path:
     return folder
 
 
-# Of open_clip.
+# Towers of open_clip.
 VIT = {"image_size": 56, "layers": 2, "width": 32, "head_width": 16, "patch_size": 14}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 48, "heads": 2, "layers": 2}
 CAPTIONS = {"context_length": 76, "vocab_size": 49408, "width": 48, "heads": 2, "layers": 1}
@@ -73,7 +73,7 @@ def towers(vision: dict, text: dict = TEXT, **more) -> dict:
     return {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text, **more}
 
 
-# As ViT-B-32, ViT-H-14-CLIPA, RN50, convnext_base, coca_ViT-B-32, ViT-B-16-SigLIP, EVA02, MobileCLIP.
+# Small ones like ViT-B-32, ViT-H-14-CLIPA, RN50, convnext_base, coca_ViT-B-32, ViT-B-16-SigLIP, EVA02, MobileCLIP.
 MODELS = {
     "vit": towers({**VIT, "patch_dropout": 0.5}),
     "clipa": towers(
@@ -154,7 +154,7 @@ def library_of(kind: str) -> str:
 
 
 class LibraryFeatures(NamedTuple):
-    """What a library makes of pictures and texts with the model of a folder."""
+    """Features that a library computes of pictures and texts with the model of a folder."""
 
     model: Any
     pixels: torch.Tensor

@@ -24,7 +24,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (80, 60, 3), np.uint8)
 
 
 def trained(losses=("global", "cmli"), **sections):
-    """As `make.untrained`, with weights as after a training."""
+    """Return a run's parts as `make.untrained` does, with weights as after a training."""
     config, objective, words = make.untrained(losses, **sections)
     for parameter in objective.student.shared.parameters():  # which start as the identity
         torch.nn.init.normal_(parameter, std=0.2)

@@ -111,9 +111,9 @@ def test_predicted_is_what_the_allocator_reports(warm, key):
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_the_op_of_a_cpu_is_predicted_as_it_is_measured(warm, backend):
     """With its compiled kernels, and by PyTorch's operators."""
-    one = ways.implementations(Setting(B=24, P=2, N=49, M=16, H=32, D=64))["E2", "ours"]
-    one = replace(one, function=partial(one.function, backend=backend))
-    assert tuple(ways.run(one, "cpu", True)) == ways.predict(one)
+    implementation = ways.implementations(Setting(B=24, P=2, N=49, M=16, H=32, D=64))["E2", "ours"]
+    implementation = replace(implementation, function=partial(implementation.function, backend=backend))
+    assert tuple(ways.run(implementation, "cpu", True)) == ways.predict(implementation)
 
 
 def test_a_measurement_that_takes_too_long_or_too_much_is_ended():
