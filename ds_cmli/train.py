@@ -221,15 +221,15 @@ def load_data(
     """
     from ds_cmli.data import assets
     from ds_cmli.data.build import build_data
-    from ds_cmli.data.shard_cache import fetched_bytes
+    from ds_cmli.data.shard_cache import opening_progress
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.evaluate.zero_shot import open_class_folders
 
     # Mistakes are raised together, because one may be of one node alone.
-    with watchdog.counting(fetched_bytes), distributed.raised_together():
+    with watchdog.counting(opening_progress), distributed.raised_together():
         for name in assets.used(config):
             assets.fetch(name)
-        data = build_data(config.data, config.run.seed, watchdog.heartbeat)
+        data = build_data(config.data, config.run.seed)
         class_pictures = open_class_folders(config)
     print_line(*data.summary)
     return data, class_pictures

@@ -1,6 +1,6 @@
 """The data that a run trains and evaluates on: sources, opened, held out and mixed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,7 +44,7 @@ class Data:
         self.pad_id = self.tokenizer.pad_id
 
 
-def build_data(config: DataConfig, seed: int, heartbeat: Callable[[], None] = lambda: None) -> Data:
+def build_data(config: DataConfig, seed: int) -> Data:
     """Open all data that `config` describes. Raises `UserError` for what cannot be trained on."""
     if config.source == "demo":
         for name in ("val_source", "image_root", "image_key", "caption_key", "caption_weights"):
@@ -52,42 +52,34 @@ def build_data(config: DataConfig, seed: int, heartbeat: Callable[[], None] = la
             check(not value, f"data.{name}", value, "the demo has none, leave it out")
         return _demo(config, seed)
     names, weights = split_weights(config.source)
-    opened = {name: open_source(name, config, heartbeat) for name in names}
-    if config.caption_weights:
-        for name, (_, parts) in opened.items():
-            if "train" in parts:
-                check_columns(name, parts["train"], config.caption_weights)
-    held_out = held_out_parts(opened, config, heartbeat=heartbeat)
+    opened = {name: open_source(name, config) for name in names}
+    for name, (_, parts) in opened.items():
+        if config.caption_weights and "train" in parts:
+            check_columns(name, parts["train"], config.caption_weights)
+    held_out = held_out_parts(opened, config)
     train: dict[str, Share] = {}
     fingerprint: dict[str, dict[str, object]] = {}
     summary: list[str] = []
-    weight_of = dict(zip(names, weights, strict=True)) if weights else {}
+    weights_by_name = dict(zip(names, weights, strict=True)) if weights else {}
     for name, (kind, parts) in opened.items():
         if "train" not in parts:
             raise UserError(f"data.source is {name!r}, which has no training part")
         source = parts["train"]
-        left_out = getattr(source, "left_out", 0)
-        if left_out > config.max_bad_share * (left_out + len(source)):
-            problem = f"{left_out} of the {left_out + len(source)} images of {name}"
-            limit = f"more than data.max_bad_share = {config.max_bad_share}"
-            raise UserError(f"{problem} have no caption, {limit}")
-        train[name] = source, range(len(source))
-        if name in held_out:
-            held_out_source, indices = held_out[name]
-            if held_out_source is source:
-                train[name] = source, AllBut(len(source), np.asarray(indices))
-        weight = weight_of.get(name)
-        share = f", {weight:g} of the mixture" if weight else ""
-        summary.append(f"data: {name}: {kind}, {_describe(train[name])} to train on{share}")
-        _, indices = train[name]
+        check_left_out(name, source, config.max_bad_share)
+        indices = train_indices(source, held_out.get(name))
+        train[name] = source, indices
+        weight = weights_by_name.get(name)
+        weight_text = f", {weight:g} of the mixture" if weight else ""
+        summary.append(f"data: {name}: {kind}, {_describe(train[name])} to train on{weight_text}")
         fingerprint[name] = {**source.fingerprint(), "images": len(indices), "weight": weight}
         if is_large(source):
             fingerprint[name]["held_out"] = "from few shards"
     for name, (source, _) in held_out.items():
         # The validation data counts too, because the best step is decided by it.
         if not any(source is train_source for train_source, _ in train.values()):
-            first, *_ = names
-            fingerprint.get(name, fingerprint[first])["validation"] = source.fingerprint()
+            first_name, *_ = names
+            owner = name if name in fingerprint else first_name
+            fingerprint[owner]["validation"] = source.fingerprint()
     summary += [f"held out: {_describe(share)} of {name}" for name, share in held_out.items()]
     num_held_out = sum(len(indices) for _, indices in held_out.values())
     if num_held_out < FEW_HELD_OUT:
@@ -100,11 +92,29 @@ def build_data(config: DataConfig, seed: int, heartbeat: Callable[[], None] = la
     pairs = TrainPairs(Images(train), tokenizer, config, seed)
     for start in pairs.images.starts[:-1]:
         pairs[start]  # a folder without its images is an error here, not in a loading process
-    order, line = order_of(pairs.images, weights, config.shuffle_window)
-    summary.append(line)
+    order, order_line = choose_order(pairs.images, weights, config.shuffle_window)
+    summary.append(order_line)
     check_cache([source for source, _ in train.values()], order, config.cache_gb)
     evals = {"val": EvalPairs(Images(held_out), config)}
     return Data(pairs, order, evals, tokenizer, summary, fingerprint)
+
+
+def check_left_out(name: str, source: Source, max_share: float) -> None:
+    """Raise `UserError` if more than a share of a source's images have no caption."""
+    left_out = getattr(source, "left_out", 0)
+    num_images = left_out + len(source)
+    if left_out > max_share * num_images:
+        problem = f"{left_out} of the {num_images} images of {name} have no caption"
+        raise UserError(f"{problem}, more than data.max_bad_share = {max_share}")
+
+
+def train_indices(source: Source, held_out: Share | None) -> Sequence[int]:
+    """Return the images of a source that are not held out."""
+    if held_out is not None:
+        held_out_source, indices = held_out
+        if held_out_source is source:
+            return AllBut(len(source), np.asarray(indices))
+    return range(len(source))
 
 
 def check_columns(name: str, source: Source, weights: Mapping[str, float]) -> None:
@@ -132,12 +142,14 @@ def check_columns(name: str, source: Source, weights: Mapping[str, float]) -> No
         raise UserError(f"data.caption_weights has {columns}, and {name} no such captions: {need}")
 
 
-def order_of(images: Images, weights: list[float] | None, window: int | None) -> tuple[Order, str]:
+def choose_order(
+    images: Images, weights: list[float] | None, window: int | None
+) -> tuple[Order, str]:
     """Return the order of the training set by `data.shuffle_window`, and a line about it."""
     if window is None:
-        in_shards = [share for share in images.sources if hasattr(share[0], "shard_sizes")]
-        num_images = sum(len(indices) for _, indices in in_shards)
-        is_remote = any(getattr(source, "is_remote", False) for source, _ in in_shards)
+        sharded = [share for share in images.sources if hasattr(share[0], "shard_sizes")]
+        num_images = sum(len(indices) for _, indices in sharded)
+        is_remote = any(getattr(source, "is_remote", False) for source, _ in sharded)
         window = DEFAULT_WINDOW if is_remote or num_images > MAX_FULL else 0
     if not window:
         lengths = [len(indices) for _, indices in images.sources]
@@ -193,9 +205,9 @@ def _demo(config: DataConfig, seed: int) -> Data:
     # Before the tokenizer, because it is the smaller download if downloads fail.
     pictures = DemoPictures(config.image_size)
     tokenizer = tokenizer_of(config)
-    shared = pictures, tokenizer, config.scenes
-    train = Scenes("train", seed, TRAIN_SCENES, *shared, View.of(config, seed))
-    held_out = EVAL_SEED, EVAL_SCENES, *shared, View.of(config)
-    evals = {split: Scenes(split, *held_out) for split in ("seen", "unseen")}
+    common = pictures, tokenizer, config.scenes
+    train = Scenes("train", seed, TRAIN_SCENES, *common, View.of(config, seed))
+    eval_arguments = EVAL_SEED, EVAL_SCENES, *common, View.of(config)
+    evals = {split: Scenes(split, *eval_arguments) for split in ("seen", "unseen")}
     summary = [f"data: demo: {TRAIN_SCENES:,} scenes to train on, {2 * EVAL_SCENES} held out"]
     return Data(train, FullOrder([TRAIN_SCENES]), evals, tokenizer, summary)

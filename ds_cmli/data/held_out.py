@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,17 +22,14 @@ HELD_OUT_SHARDS = 16  # of a large source
 
 
 def held_out_parts(
-    opened: dict[str, Opened],
-    config: DataConfig,
-    split: str = "validation",
-    heartbeat: Callable[[], None] = lambda: None,
+    opened: dict[str, Opened], config: DataConfig, split: str = "validation"
 ) -> dict[str, Share]:
     """Return the evaluated images: `val_source`, or of each source its own part or a share."""
-    shares: dict[str, Share] = {}
     if config.val_source:
-        _, parts = open_source(config.val_source, config, heartbeat)
+        _, parts = open_source(config.val_source, config)
         source = parts.get(split) or next(iter(parts.values()))
         return {config.val_source: (source, range(len(source)))}
+    shares: dict[str, Share] = {}
     for name, (_, parts) in opened.items():
         if split in parts:
             shares[name] = parts[split], range(len(parts[split]))

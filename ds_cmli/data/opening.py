@@ -5,9 +5,7 @@ import glob
 import math
 import os
 import re
-from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from pkgutil import resolve_name
@@ -47,14 +45,12 @@ def split_weights(sources: str | list[str]) -> tuple[list[str], list[float] | No
     return names, weights or None
 
 
-def open_source(
-    name: str, config: DataConfig, heartbeat: Callable[[], None] = lambda: None
-) -> Opened:
+def open_source(name: str, config: DataConfig) -> Opened:
     """Open one source: its kind in a few words, and its parts by split."""
     if is_url(name):
         return "tars in a storage", open_remote(name, expand_braces(name), config)
     if name.startswith(HUB_DATASETS):
-        return "a data set of the hub", open_hub(name, config, heartbeat)
+        return "a data set of the hub", open_hub(name, config)
     path = Path(os.path.expanduser(name))
     named_files = [] if path.is_dir() else expand(name)
     for entry in SOURCES.values():
@@ -62,16 +58,13 @@ def open_source(
         matching = [file for file in files if file.name.lower().endswith(entry.suffixes)]
         if files and (not named_files or matching == files):
             open_files = resolve_name(entry.implementation)
-            if open_files is open_tars:
-                opener = open_copied if config.cache else open_tars
-                open_files = partial(opener, heartbeat=heartbeat)
+            if config.cache and open_files is open_tars:
+                open_files = open_copied
             return entry.title, open_files(matching or [path], config)
     raise UserError(f"data.source is {name!r}, {_guess(path)}\n{_accepted()}")
 
 
-def open_hub(
-    name: str, config: DataConfig, heartbeat: Callable[[], None] = lambda: None
-) -> dict[str, Source]:
+def open_hub(name: str, config: DataConfig) -> dict[str, Source]:
     """Open hf://datasets/OWNER/NAME[@REVISION]: its tars, or what `datasets` reads of it."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -89,7 +82,7 @@ def open_hub(
             shards = sorted(Path(folder).rglob("*.tar"))
         if not shards:
             return arrow_parts(import_datasets().load_dataset(repo, revision=revision), config)
-    return open_tars(shards, config, heartbeat)
+    return open_tars(shards, config)
 
 
 def expand_braces(pattern: str) -> list[str]:

@@ -30,7 +30,7 @@ from fsspec.callbacks import Callback
 
 from ds_cmli.commands import print_line
 from ds_cmli.data.network import DISK_IS_FULL, ask_again, storage_options
-from ds_cmli.data.sources.tar_index import save_index, scan
+from ds_cmli.data.sources.tar_index import index_folder, save_index, scan
 from ds_cmli.errors import UserError, blame, one_line
 from ds_cmli.files import cache_folder
 
@@ -76,11 +76,17 @@ def fetched_bytes() -> int:
     return total
 
 
+def opening_progress() -> tuple[int, int]:
+    """Return what changes while data are opened: the bytes of copies, the date of indices."""
+    folder = index_folder()
+    return fetched_bytes(), folder.stat().st_mtime_ns if folder.exists() else 0
+
+
 class ShardCache:
     """The copies of shards in `shards_folder`.
 
     Args:
-        max_bytes: the size of all copies together; one of unknown size counts when it is there.
+        max_bytes: the size of all copies together; one of unknown size counts when it is fetched.
     """
 
     def __init__(self, max_bytes: int):
@@ -89,9 +95,9 @@ class ShardCache:
         self.max_bytes = max_bytes
         self.touched: dict[Shard, float] = {}
         self.reserved_bytes = 0  # of shards that are being fetched
-        self.room = threading.Lock()
-        self.not_writable = f"{self.folder} cannot be written: {FREE_SPACE}"
-        with blame(self.not_writable):
+        self.room_lock = threading.Lock()
+        self.write_error = f"{self.folder} cannot be written: {FREE_SPACE}"
+        with blame(self.write_error):
             self.requests.mkdir(parents=True, exist_ok=True)
 
     def path(self, shard: Shard) -> Path:
@@ -103,16 +109,16 @@ class ShardCache:
 
     def want(self, shards: Iterable[Shard]) -> None:
         """Say that shards are read soon, or still: what was wanted longest ago is dropped first."""
-        now = time.monotonic()
+        time_now = time.monotonic()
         for shard in shards:
-            if now - self.touched.get(shard, -TOUCH_SECONDS) < TOUCH_SECONDS:
+            if time_now - self.touched.get(shard, -TOUCH_SECONDS) < TOUCH_SECONDS:
                 continue
-            self.touched[shard] = now
+            self.touched[shard] = time_now
             try:
                 os.utime(self.path(shard))
             except FileNotFoundError:
-                if not self._request(shard, ".failed").exists():
-                    self._ask(shard, ".want")
+                if not self._request_file(shard, ".failed").exists():
+                    self._write_request(shard, ".want")
 
     def get(self, shard: Shard) -> Path:
         """Return the path of a shard's copy, after it has been fetched.
@@ -124,7 +130,7 @@ class ShardCache:
         start = time.monotonic()
         while not copy.exists():
             self._raise_failure(shard)
-            self._ask(shard, ".wait")
+            self._write_request(shard, ".wait")
             time.sleep(POLL_SECONDS)
             if time.monotonic() - start > ALONE_SECONDS:
                 with suppress(Timeout), self.lock().acquire(timeout=0):
@@ -133,7 +139,7 @@ class ShardCache:
         return copy
 
     def _raise_failure(self, shard: Shard) -> None:
-        file = self._request(shard, ".failed")
+        file = self._request_file(shard, ".failed")
         try:
             failure = json.loads(file.read_text())
             age = time.time() - file.stat().st_mtime
@@ -145,14 +151,14 @@ class ShardCache:
             raise UserError(failure["reason"])
         file.unlink(missing_ok=True)  # of an earlier start
 
-    def _ask(self, shard: Shard, kind: str) -> None:
-        file = self._request(shard, kind)
+    def _write_request(self, shard: Shard, suffix: str) -> None:
+        file = self._request_file(shard, suffix)
         if not file.exists():
-            with blame(self.not_writable):
+            with blame(self.write_error):
                 file.write_text(json.dumps(shard))
 
-    def _request(self, shard: Shard, kind: str) -> Path:
-        return self.requests / f"{self.path(shard).stem}{kind}"
+    def _request_file(self, shard: Shard, suffix: str) -> Path:
+        return self.requests / f"{self.path(shard).stem}{suffix}"
 
     # --- the process that fetches
 
@@ -160,23 +166,24 @@ class ShardCache:
         """Return the lock that the fetching process of the node holds."""
         return FileLock(self.folder / "fetching.lock")
 
-    def asked(self) -> Iterator[tuple[Shard, bool]]:
+    def requested_shards(self) -> Iterator[tuple[Shard, bool]]:
         """Yield requested shards, and whether a reader waits: these first, then the oldest."""
-        files = []
-        for file in self.requests.glob("*.wa*"):
+        requests = []
+        for file in [*self.requests.glob("*.wait"), *self.requests.glob("*.want")]:
+            is_prefetch = file.suffix == ".want"
             with suppress(FileNotFoundError):
-                files.append((file.suffix == ".want", file.stat().st_mtime_ns, file))
-        for is_early, _, file in sorted(files):
+                requests.append((is_prefetch, file.stat().st_mtime_ns, file))
+        for is_prefetch, _, file in sorted(requests):
             with suppress(FileNotFoundError, json.JSONDecodeError):  # it is being written
-                yield Shard(*json.loads(file.read_text())), not is_early
+                yield Shard(*json.loads(file.read_text())), not is_prefetch
 
     def make_room(self, shard: Shard, is_awaited: bool) -> bool:
         """Reserve room for a shard, and return True if there is enough.
 
-        The copies that were wanted longest ago are deleted; those in use only for a shard that a
-        reader waits for. A process that has one open can read it to its end.
+        Deletes the copies that were wanted longest ago. Copies in use are deleted only if a reader
+        waits for `shard`. A process that has a deleted copy open can still read it.
         """
-        with self.room:
+        with self.room_lock:
             copies = [(file.stat(), file) for file in self.folder.glob("*.tar")]
             copies.sort(key=lambda copy: copy[0].st_mtime)
             used_bytes = self.reserved_bytes + sum(status.st_size for status, _ in copies)
@@ -189,7 +196,8 @@ class ShardCache:
                 copy.with_suffix(".rows").unlink(missing_ok=True)
                 excess -= status.st_size
             has_room = excess <= 0 or (is_awaited and not self.reserved_bytes)
-            self.reserved_bytes += (shard.size or 0) * has_room
+            if has_room:
+                self.reserved_bytes += shard.size or 0
             return has_room
 
     def fetch(self, shard: Shard) -> None:
@@ -211,13 +219,13 @@ class ShardCache:
             if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
                 reason = f"the disk of {self.folder} is full: {FREE_SPACE}"
             failure = {"reason": reason, "is_lost": isinstance(error, LostShard)}
-            with blame(self.not_writable):
-                self._request(shard, ".failed").write_text(json.dumps(failure))
+            with blame(self.write_error):
+                self._request_file(shard, ".failed").write_text(json.dumps(failure))
         finally:
-            with self.room:
+            with self.room_lock:
                 self.reserved_bytes -= shard.size or 0
-            for kind in (".want", ".wait"):
-                self._request(shard, kind).unlink(missing_ok=True)
+            for suffix in (".want", ".wait"):
+                self._request_file(shard, suffix).unlink(missing_ok=True)
 
 
 def download(shard: Shard, file: Path) -> None:
@@ -242,31 +250,32 @@ def download(shard: Shard, file: Path) -> None:
         raise LostShard(str(error)) from None
 
 
-def serve(cache: ShardCache, ended: Callable[[], bool]) -> None:
-    """Fetch what readers ask for until `ended`; print a line while readers wait long."""
+def serve(cache: ShardCache, is_ended: Callable[[], bool]) -> None:
+    """Fetch what readers ask for until `is_ended`; print a line while readers wait long."""
     fetching: dict[Shard, Future[None]] = {}
     pool = ThreadPoolExecutor(NUM_FETCHES)
     last_line = time.monotonic()
-    while not ended():
+    while not is_ended():
         for shard in [shard for shard, future in fetching.items() if future.done()]:
             fetching.pop(shard).result()
         num_awaited = 0
-        for shard, is_awaited in cache.asked():
+        for shard, is_awaited in cache.requested_shards():
             num_awaited += is_awaited
-            is_free = shard not in fetching and len(fetching) < NUM_FETCHES
-            if is_free and cache.make_room(shard, is_awaited):
+            can_start = shard not in fetching and len(fetching) < NUM_FETCHES
+            if can_start and cache.make_room(shard, is_awaited):
                 fetching[shard] = pool.submit(cache.fetch, shard)
-        now = time.monotonic()
-        if num_awaited and now - last_line > LINE_SECONDS:
+        time_now = time.monotonic()
+        if not num_awaited:
+            last_line = time_now
+        elif time_now - last_line > LINE_SECONDS:
+            last_line = time_now
             gb_here = fetched_bytes() / 1e9
             print_line(f"data: waiting for {num_awaited} shards, {gb_here:.2f} GB here")
-        if not num_awaited or now - last_line > LINE_SECONDS:
-            last_line = now
         time.sleep(POLL_SECONDS)
 
 
 def start_fetching(max_bytes: int) -> None:
-    """Start the process that fetches for a node, if this is its first rank; it ends with that."""
+    """Start a process that fetches for a node, and ends with this rank, if this is its first."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         subprocess.Popen(
             [sys.executable, "-c", FETCHING, str(max_bytes), str(os.getpid())],

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ds_cmli.data.build import order_of
+from ds_cmli.data.build import choose_order
 from ds_cmli.data.held_out import AllBut, from_few_shards, hold_out
 from ds_cmli.data.pairs import Images
 from ds_cmli.data.sources import shard_sizes
@@ -30,7 +30,7 @@ def test_held_out_images_are_in_no_order_and_all_others_in_each():
     source = InShards([3, 40, 25, 2, 30])
     held_out = hold_out("bucket", source, 12)
     images = Images({"bucket": (source, AllBut(len(source), held_out))})
-    order, line = order_of(images, None, 2)
+    order, line = choose_order(images, None, 2)
     assert line == "order: the samples of 2 of 5 shards at a time are shuffled together (data.shuffle_window)"
     indices = [images.locate(int(index)) for index in order.samples(np.arange(88), 0, 0).indices]
     assert sorted({place for _, place in indices} | set(held_out.tolist())) == list(range(100))
@@ -41,7 +41,7 @@ def test_held_out_images_are_in_no_order_and_all_others_in_each():
 def test_the_split_and_the_order_by_the_size_and_place_of_the_data():
     def order(source, window=None):
         images = Images({"source": (source, range(len(source)))})
-        return order_of(images, None, window)[0].window
+        return choose_order(images, None, window)[0].window
 
     local = hold_out("tars", InShards([500] * 40, is_remote=False), 100)  # the split of small local tars stays
     assert local[:5].tolist() == [254, 366, 410, 503, 821]

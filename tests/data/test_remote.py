@@ -63,6 +63,24 @@ def test_no_connection_is_left_open_that_loader_processes_would_share(server):
     assert server.server_port not in [port for _, port in peers]
 
 
+def test_a_copy_whose_index_somebody_has_deleted_is_fetched_again(server, tmp_path, monkeypatch):
+    get = shard_cache.ShardCache.get
+    shards = []
+
+    def get_at_most_five_times(cache, shard):
+        shards.append(shard)
+        assert len(shards) <= 5
+        return get(cache, shard)
+
+    monkeypatch.setattr(shard_cache.ShardCache, "get", get_at_most_five_times)
+    before = opened(server, "{url}/0.tar").train[0]
+    (rows,) = (tmp_path / "cache/shards").glob("*.rows")
+    rows.unlink()
+    after = opened(server, "{url}/0.tar").train[0]
+    assert not after.bad and (after.image == before.image).all() and rows.exists()
+    assert server.fetched["0.tar"] == 2
+
+
 @pytest.mark.parametrize("reason", DAMAGE)
 def test_a_lost_shard_counts_as_bad_samples_and_resumes_exactly(server, reason):
     DAMAGE[reason](server.folder / "3.tar")

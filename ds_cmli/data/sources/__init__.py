@@ -36,6 +36,9 @@ class Source(Protocol):
     """Images with one or more captions each, by number.
 
     Any exception of `image` and `captions` but `UserError` makes the sample a bad one.
+
+    A source may have the attributes `left_out` (number of images without a caption), `shard_sizes`
+    (see the function) and `is_remote`, and a method `prefetch` (see `Images.prefetch`).
     """
 
     def __len__(self) -> int: ...
@@ -60,8 +63,8 @@ def shard_sizes(source: Source) -> np.ndarray:
 
 def is_large(source: Source) -> bool:
     """Return whether a source is remote, or in shards with more than `MAX_FULL` images."""
-    in_shards = hasattr(source, "shard_sizes")
-    return in_shards and (getattr(source, "is_remote", False) or len(source) > MAX_FULL)
+    is_sharded = hasattr(source, "shard_sizes")
+    return is_sharded and (getattr(source, "is_remote", False) or len(source) > MAX_FULL)
 
 
 def captions_by_column(row: Mapping[str, Any], columns: Iterable[str]) -> list[tuple[str, str]]:

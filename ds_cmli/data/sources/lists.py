@@ -28,7 +28,7 @@ from ds_cmli.data.sources import (
 from ds_cmli.errors import UserError, blame, nearest, one_line
 
 METADATA = ("metadata.csv", "metadata.jsonl")
-ITEMS_OF_BLOCK = 64  # as many are read for one: some 20 microseconds
+ITEMS_OF_BLOCK = 64  # a block is unpacked to read one of them, in 20 microseconds
 NUM_PROBED = 100  # images of a list that are looked for in a folder: the first may be missing
 Rows = Iterator[tuple[str, str, list[str | None], str]]  # part, image file, captions, column
 
@@ -124,12 +124,12 @@ def _group(rows: Rows, path: Path, config: DataConfig) -> dict[str, Source]:
     columns: set[str] = set()
     for part, file, texts, column in rows:
         columns.add(column)
-        of_image = captions.setdefault(part, {}).setdefault(os.path.normpath(file), [])
+        image_captions = captions.setdefault(part, {}).setdefault(os.path.normpath(file), [])
         for text in texts:
             if not isinstance(text, str | None):
                 raise UserError(f"{path}: a caption of {file} is {text!r}: give a text")
             if text and text.strip():
-                of_image.append((column, text) if config.caption_weights else text)
+                image_captions.append((column, text) if config.caption_weights else text)
     if not captions:
         raise UserError(f"{path} has no row: give each image a file name and a caption")
     probed = list(islice(chain.from_iterable(captions.values()), NUM_PROBED))

@@ -46,15 +46,13 @@ def open_remote(name: str, urls: list[str], config: DataConfig) -> dict[str, Sou
     """
     with blame(f"data.source is {name!r}, which cannot be read"):
         shards = list_once(name, urls)
-    content = sha256(json.dumps(shards).encode()).hexdigest()
-    return {"train": CopiedTars(shards, config, {"shards": content})}
+    digest = sha256(json.dumps(shards).encode()).hexdigest()
+    return {"train": CopiedTars(shards, config, {"shards": digest})}
 
 
-def open_copied(
-    files: list[Path], config: DataConfig, heartbeat: Callable[[], None] = lambda: None
-) -> dict[str, Source]:
+def open_copied(files: list[Path], config: DataConfig) -> dict[str, Source]:
     """Open local tars, of which copies are read: `data.cache`."""
-    tars = Tars(files, config, heartbeat)
+    tars = Tars(files, config)
     shards = [
         Shard(str(file.absolute()), file.stat().st_size, index.num_samples)
         for file, index in zip(files, tars.indices, strict=True)
@@ -66,13 +64,13 @@ class CopiedTars(Shards):
     """Tars of which copies are read.
 
     All samples of a shard that does not exist or is damaged are bad ones. If a shard has fewer
-    samples than its number, those that lack are bad ones; if it has more, they are left out.
+    samples than was said, the missing ones are bad; if it has more, the others are left out.
     """
 
     def __init__(self, shards: list[Shard], config: DataConfig, fingerprint: Mapping[str, object]):
         super().__init__([shard.num_samples for shard in shards], config)
         self.shards = shards
-        self.content = fingerprint
+        self.fingerprint_entries = fingerprint
         self.is_remote = is_url(shards[0].url)
         self.cache = ShardCache(int(config.cache_gb * GB))
         start_fetching(self.cache.max_bytes)
@@ -88,7 +86,7 @@ class CopiedTars(Shards):
         return f"{self.shards[shard].url}, sample {number}"
 
     def fingerprint(self) -> dict[str, object]:
-        return {"images": len(self), **self.content}
+        return {"images": len(self), **self.fingerprint_entries}
 
     def open_shard(self, shard: int) -> tuple[int, np.ndarray]:
         """Return a descriptor of a shard's copy, and its rows. Raises `LostShard`."""
@@ -96,8 +94,11 @@ class CopiedTars(Shards):
             try:
                 copy = self.cache.get(self.shards[shard])
                 index = read_footer(copy.with_suffix(".rows"))
-                if index is not None:
-                    return os.open(copy, os.O_RDONLY | os.O_CLOEXEC), read_rows(index)
+                if index is None:  # somebody has deleted it, so both are fetched again
+                    copy.unlink()
+                    continue
+                rows = read_rows(index)
+                return os.open(copy, os.O_RDONLY | os.O_CLOEXEC), rows
             except FileNotFoundError:  # another shard has just taken its place
                 continue
             except LostShard as error:
@@ -158,14 +159,14 @@ def list_shards(urls: list[str]) -> list[Shard]:
     if len(missing) == len(paths):
         raise UserError(f"none of the {len(paths):,} shards exists: {urls[0]}")
     if missing:
-        some = f"{len(missing):,} of {len(paths):,} shards do not exist, the first {missing[0]}"
-        print_line(f"data: {some}: its samples count as bad")
+        count = f"{len(missing):,} of {len(paths):,} shards do not exist"
+        print_line(f"data: {count}, the first {missing[0]}: its samples count as bad")
     counts = counts_beside(storage, paths)
-    unknown = [path for path in paths if path not in counts and sizes[path] is not None]
-    if unknown:
+    uncounted = [path for path in paths if path not in counts and sizes[path] is not None]
+    if uncounted:
         example = '{"00000.tar": 10000, "00001.tar": 9998}'
-        beside = f"{unknown[0].removesuffix('.tar')}_stats.json (img2dataset) nor a sizes.json"
-        raise UserError(f"no number of samples is given by {beside}: write one, as {example}")
+        files = f"{uncounted[0].removesuffix('.tar')}_stats.json (img2dataset) nor a sizes.json"
+        raise UserError(f"no number of samples is given by {files}: write one, as {example}")
     return [
         Shard(storage.unstrip_protocol(path), sizes[path], counts.get(path, 0)) for path in paths
     ]

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,9 @@ CAPTION_KEYS = ("caption", "captions", "text")  # of a sample's .json, if it has
 MAX_OPEN = 64  # shards: there may be thousands, and a process may open 1,024 files by default
 
 
-def open_tars(
-    files: list[Path], config: DataConfig, heartbeat: Callable[[], None] = lambda: None
-) -> dict[str, Source]:
+def open_tars(files: list[Path], config: DataConfig) -> dict[str, Source]:
     """Open tar shards. Raises `UserError` for one that is no whole tar, or if none has a sample."""
-    tars = Tars(files, config, heartbeat)
+    tars = Tars(files, config)
     if not len(tars):
         pair = "one is NAME.jpg (.jpeg, .png, .webp) with NAME.txt or NAME.json"
         raise UserError(f"{files[0]} holds no sample: {pair}")
@@ -43,7 +41,9 @@ class Shards:
         self.config = config
         self.shard_sizes = np.array(num_samples, np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
-        self.opened = OrderedDict[int, tuple[int, np.ndarray]]()  # by last use, as `open_shard`
+        self.opened = OrderedDict[
+            int, tuple[int, np.ndarray]
+        ]()  # shard -> what `open_shard` returned, by last use
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -79,7 +79,7 @@ class Shards:
         """Return a descriptor of a shard, and the rows of its index."""
         raise NotImplementedError
 
-    def find(self, index: int) -> tuple[int, np.void]:
+    def find_row(self, index: int) -> tuple[int, np.void]:
         """Return the descriptor of an image's shard, opened if it is not, and the image's row."""
         shard, number = self.place(index)
         if shard not in self.opened:
@@ -95,7 +95,7 @@ class Shards:
         return descriptor, rows[number]
 
     def _read(self, index: int, field: str) -> bytes:
-        descriptor, row = self.find(index)
+        descriptor, row = self.find_row(index)
         size = int(row[f"{field}_size"])
         check_size(size)
         content = os.pread(descriptor, size, int(row[field]) * BLOCK_BYTES)
@@ -107,11 +107,9 @@ class Shards:
 class Tars(Shards):
     """Local tars, as img2dataset writes them, read in place."""
 
-    def __init__(
-        self, shards: list[Path], config: DataConfig, heartbeat: Callable[[], None] = lambda: None
-    ):
+    def __init__(self, shards: list[Path], config: DataConfig):
         self.shards = shards
-        self.indices = index_shards(shards, heartbeat)
+        self.indices = index_shards(shards)
         super().__init__([index.num_samples for index in self.indices], config)
         self.left_out = sum(index.left_out for index in self.indices)
         self.joined_rows: np.ndarray | None = None
@@ -122,7 +120,7 @@ class Tars(Shards):
         shard, number = self.place(index)
         file = self.shards[shard].name
         try:
-            descriptor, row = self.find(index)
+            descriptor, row = self.find_row(index)
             header = os.pread(descriptor, BLOCK_BYTES, (int(row["image"]) - 1) * BLOCK_BYTES)
         except (OSError, ValueError):  # the shard is gone, and a message about that names it
             return f"{file}, sample {number}"
