@@ -117,8 +117,8 @@ def test_the_rank_at_fault_is_named_and_the_job_ends(tmp_path, fate, victim, wor
     assert codes.pop(victim) in (FAULT_EXIT_CODE, -signal.SIGKILL) and {*codes} == {FAULT_EXIT_CODE}, lines
     assert seconds < 2 * TIMEOUT + SLACK
     error = assert_one_error(lines, f"rank {victim} on node node-7: {words}")
-    # A rank that is gone publishes nothing more: what it had done may be a moment old.
-    steps = (3, 4, 5) if fate in ("is stopped", "is killed") else (5,)
+    # A rank that is gone publishes nothing more: what it had done is a moment old, on a loaded machine some seconds.
+    steps = range(6) if fate in ("is stopped", "is killed") else (5,)
     assert error.endswith(tuple(f"; last step {step}" for step in steps))
 
 
