@@ -102,7 +102,7 @@ def test_what_a_gpu_has_and_what_its_context_takes(judge):
     if context < 0:
         note = "NVML does not report this process's bytes, as in some containers"
     judge(
-        ("total bytes", total, None, f"{gpu.total_bytes:,} B in the table, assumed"),
+        ("total bytes", total, None, f"{gpu.total_bytes:,} B in the table"),
         ("context, bytes", context if context >= 0 else float("nan"), None, note),
     )
 
