@@ -143,7 +143,7 @@ MISTAKES = [
     ("memory --gpu-memory 48GB --sm 6.1", "--sm"),
     ("memory --fit much", "--fit"),
     ("memory --world-size 0", "--world-size"),
-    ("memory --plot memory.txt", "--plot"),
+    ("memory --plot memory.txt", "--plot is 'memory.txt': end its name in"),
     ("memory --set student.layers=1 --losses global --json {folder}/nowhere/report.json", "report.json"),
     ("memory --set student.layers=9", "student.layers"),
     ("memory --set student.text_backbone=someone/no-such-model", "someone/no-such-model"),
