@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ds_cmli.cmli.loss import PairLoss
+from ds_cmli.cmli.loss import PairLoss, Temperature
 from ds_cmli.config.registry import LOSSES, over_pairs
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.data.pairs import Batch
@@ -130,11 +130,15 @@ class Objective(nn.Module):
         return pairs
 
     def scales(self) -> dict[str, float]:
-        """Return 1/temperature of each loss over pairs, by name.
+        """Return 1/temperature of each loss that has a temperature, by name.
 
         CPU-GPU sync; collective if ZeRO-3 partitions the temperatures.
         """
-        temperatures = {name: loss.temperature for name, loss in self._pair_losses().items()}
+        temperatures = {
+            name: cast(Temperature, loss.temperature)
+            for name, loss in self.losses.items()
+            if hasattr(loss, "temperature")
+        }
         parameters = [p for module in temperatures.values() for p in module.parameters()]
         scales = {}
         with torch.no_grad(), _gathered(parameters):
