@@ -119,8 +119,7 @@ class DeepSpeedConfig(dict[str, Any]):
         # A precision that the JSON enables comes first, then "auto", then one that it does not
         # name: a device without fp16 trains in bf16 instead.
         preference = (True, "auto", None)
-        candidates.sort(key=lambda name: preference.index(enabled[name]))
-        chosen = candidates[0] if candidates else "fp32"
+        chosen = min(candidates, key=lambda x: preference.index(enabled[x]), default="fp32")
         out = type(self)({key: value for key, value in self.items() if key not in supported})
         if chosen != "fp32" and not out.get("torch_autocast", {}).get("enabled"):
             out[chosen] = {**self.get(chosen, {}), "enabled": True}

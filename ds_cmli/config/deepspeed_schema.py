@@ -222,8 +222,8 @@ def named_class(section: str, name: str) -> Any:
     return classes[name]
 
 
-def parameters_model(section: str, library_class: Any) -> type[BaseModel]:
-    """Return the model of an optimizer's or a schedule's parameters, by its signature."""
+def check_signature(section: str, library_class: Any, params: JsonObject) -> None:
+    """Raise `UserError` for the first parameter that an optimizer or a schedule does not take."""
     hints = get_type_hints(library_class.__init__)
     # The first one is what is optimized.
     _, *parameters = inspect.signature(library_class).parameters.values()
@@ -243,7 +243,8 @@ def parameters_model(section: str, library_class: Any) -> type[BaseModel]:
         fields["warmup_type"] = (Literal["log", "linear"], None)
     if library_class is torch.optim.AdamW:  # DeepSpeed takes these out before it builds one
         fields |= {"torch_adam": (bool, None), "adam_w_mode": (bool, None)}
-    return create_model(library_class.__name__, __config__=SCHEMA, **fields)
+    model = create_model(library_class.__name__, __config__=SCHEMA, **fields)
+    check_section(model, params, f"{section}.params")
 
 
 def check_parameters(optimizer: JsonObject, scheduler: JsonObject | None) -> None:
@@ -253,16 +254,14 @@ def check_parameters(optimizer: JsonObject, scheduler: JsonObject | None) -> Non
     """
     optimizer_class = named_class("optimizer", optimizer["type"])
     _take_step(optimizer_class, {"lr": 1e-3}, f"optimizer.type is {optimizer['type']!r}")
-    parameters = parameters_model("optimizer", optimizer_class)
-    check_section(parameters, optimizer["params"], "optimizer.params")
+    check_signature("optimizer", optimizer_class, optimizer["params"])
     taken = inspect.signature(optimizer_class).parameters
     values = {key: value for key, value in optimizer["params"].items() if key in taken}
     trial = _take_step(optimizer_class, values, f"optimizer.params is {optimizer['params']}")
     if scheduler is None:
         return
     schedule_class = named_class("scheduler", scheduler["type"])
-    parameters = parameters_model("scheduler", schedule_class)
-    check_section(parameters, scheduler["params"], "scheduler.params")
+    check_signature("scheduler", schedule_class, scheduler["params"])
     rates = []
     with blame(f"scheduler.params is {scheduler['params']}"):
         schedule = schedule_class(trial, **scheduler["params"])

@@ -106,12 +106,7 @@ class ModelSource:
             return self.local_folder
         from huggingface_hub import snapshot_download
 
-        names = [
-            MODEL_CONFIG,
-            OPEN_CLIP_CONFIG,
-            "preprocessor_config.json",
-            "processor_config.json",
-        ]
+        names = [MODEL_CONFIG, OPEN_CLIP_CONFIG, "*processor_config.json"]
         fetched = f"the JSON of {self.bare_name}"  # weights are fetched later, by their own name
         with self.blame("no such file or folder, nor on the hub"), loading(True, fetched):
             return Path(snapshot_download(self.bare_name, allow_patterns=names))
@@ -319,15 +314,15 @@ def _without_irrelevant(pairs: list[tuple[str, object]]) -> JsonObject:
 
 def open_clip_settings(source: ModelSource, chosen: Section) -> Sections:
     """Return the settings that a model of open_clip decides, as `transformers_settings`."""
-    import open_clip
+    from open_clip import CLIPTextCfg, CLIPVisionCfg
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
     from open_clip.utils import to_2tuple
 
     model_cfg = deepcopy(source.config["model_cfg"])
     vision_cfg = model_cfg["vision_cfg"]
     text_cfg = model_cfg["text_cfg"]
-    vision = open_clip.CLIPVisionCfg(**vision_cfg)
-    text = open_clip.CLIPTextCfg(**text_cfg)
+    vision = CLIPVisionCfg(**vision_cfg)
+    text = CLIPTextCfg(**text_cfg)
     _check_towers(vision, text)
     # A CoCa keeps its two towers alone. What acts in open_clip's own training is left out.
     model_cfg.pop("multimodal_cfg", None)
@@ -360,12 +355,17 @@ def open_clip_settings(source: ModelSource, chosen: Section) -> Sections:
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         source_config["text_config"] = config.to_diff_dict() | {"use_cache": False}
         text_cfg["hf_model_pretrained"] = False
+    tokenizer = DEFAULT_TOKENIZER
+    if text.hf_tokenizer_name or text.tokenizer_kwargs:
+        tokenizer, _ = source.in_open_clip
+        if source.name.startswith(ARCHITECTURE_PREFIX):
+            tokenizer = f"{ARCHITECTURE_PREFIX}{tokenizer}"
     data = {
         "image_size": image_size,
         "resize": f"{pictures['resize_mode']}_pillow",
         # "random" is one of several in its training, and bicubic elsewhere.
         "interpolation": pictures["interpolation"].replace("random", "bicubic"),
-        "tokenizer": _open_clip_tokenizer(source, text),
+        "tokenizer": tokenizer,
         "context_length": context_length,
         "padding": "full" if attends else "longest",
     }
@@ -374,7 +374,6 @@ def open_clip_settings(source: ModelSource, chosen: Section) -> Sections:
 
 
 def _check_towers(vision: Any, text: Any) -> None:
-    """Raise ValueError for configurations of open_clip's towers that have no joint space."""
     if (
         isinstance(vision.attentional_pool, str)
         or vision.timm_pool not in ("", "avg", "map", "token")
@@ -383,16 +382,7 @@ def _check_towers(vision: Any, text: Any) -> None:
         raise ValueError("a tower is pooled or projected otherwise than docs/finetune.md says")
 
 
-def _open_clip_tokenizer(source: ModelSource, text: Any) -> str:
-    """Return `data.tokenizer` for the configuration of a text tower."""
-    if not (text.hf_tokenizer_name or text.tokenizer_kwargs):
-        return DEFAULT_TOKENIZER
-    name, _ = source.in_open_clip
-    prefix = ARCHITECTURE_PREFIX if source.name.startswith(ARCHITECTURE_PREFIX) else ""
-    return f"{prefix}{name}"
-
-
 def _number(chosen: Section, key: str, usual: int) -> int:
-    """Return the user's number, or else `usual`. Another value is refused later, as others are."""
+    """Return the user's number, or else `usual`; a value of another type is refused later."""
     value = chosen.get(key)
     return value if type(value) is int else usual

@@ -19,7 +19,7 @@ from ds_cmli.config.schema import StudentConfig
 from ds_cmli.config.source import ModelSource, library_settings
 from ds_cmli.errors import UserError
 from ds_cmli.files import JsonObject
-from ds_cmli.models.encoders import TextEncoder
+from ds_cmli.models.encoders import TextEncoder, layers_of
 from ds_cmli.pretrained import loading
 
 KEPT_POSITIONS = 20  # of texts, which are not stretched
@@ -48,6 +48,7 @@ class DualImage(nn.Module):
         """`dual`: the model of transformers; `source_config`: as in `StudentConfig`."""
         super().__init__()
         self.model = dual.get_submodule("vision_model")
+        self.blocks = list(self.model.encoder.layers)
         self.width = self.model.config.hidden_size
         side = image_size // self.model.config.patch_size
         self.grid = (side, side)
@@ -69,10 +70,6 @@ class DualImage(nn.Module):
             self.class_head = dual.get_submodule("visual_projection")
             self.token_head = copied(self.class_head)
 
-    @property
-    def blocks(self) -> list[nn.Module]:
-        return list(self.model.encoder.layers)
-
     def forward(self, pixels: Tensor) -> Tensor:
         out = self.model(pixel_values=pixels)
         if self.pools:
@@ -91,6 +88,7 @@ class DualText(TextEncoder):
     def __init__(self, dual: PreTrainedModel):
         nn.Module.__init__(self)
         self.model = dual.get_submodule("text_model")
+        self.blocks = layers_of(self.model)
         self.width = self.model.config.hidden_size
         self.vocab_size = self.model.config.vocab_size
         if hasattr(dual, "text_projection"):
@@ -131,18 +129,16 @@ def copied(part: nn.Module | Tensor | None) -> nn.Module:
         norm.load_state_dict(part.state_dict())
         return norm
     # `deepcopy` alone gives copies of fake tensors storages on another device.
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(buffer): buffer.clone() for buffer in part.buffers()}
     for parameter in part.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().clone())
-    for buffer in part.buffers():
-        memo[id(buffer)] = buffer.clone()
     return deepcopy(part, memo)
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     outputs, inputs = weight.shape
     layer = nn.Linear(inputs, outputs, bias=bias is not None)
-    layer.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
+    layer.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
     return layer
 
 

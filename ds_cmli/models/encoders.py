@@ -104,11 +104,8 @@ class ImageEncoder(nn.Module):
         self.grid = (image_size // patch, image_size // patch)
         self.mean = self.model.pretrained_cfg["mean"]
         self.std = self.model.pretrained_cfg["std"]
-        self.stages = [stage["module"] for stage in stages[: self.last + 1]]
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        return blocks_of_stages(self.model, self.stages)
+        kept_stages = [stage["module"] for stage in stages[: self.last + 1]]
+        self.blocks = blocks_of_stages(self.model, kept_stages)
 
     def forward(self, pixels: Tensor) -> Tensor:
         options: dict[str, Any] = {"indices": [self.last], "norm": False}
@@ -145,11 +142,11 @@ def create_timm_model(name: str, image_size: int, weights: str, overrides: Mappi
 
 def last_block(stages: list[dict], layers: int | None, block: int | None) -> int:
     num_blocks = len(stages)
-    plain = len({(stage["num_chs"], stage["reduction"]) for stage in stages}) == 1
     if block is not None:
         if not -num_blocks <= block < num_blocks:
             raise ValueError(f"its blocks are 0 to {num_blocks - 1}, and teacher.block is {block}")
         return block % num_blocks
+    plain = len({(stage["num_chs"], stage["reduction"]) for stage in stages}) == 1
     if layers is None:
         return (min(LAYERS, num_blocks) if plain else num_blocks) - 1
     if not plain or layers > num_blocks:
@@ -164,9 +161,10 @@ def cut_timm_model(model: Any, last: int) -> None:
     for unused in ("norm", "fc_norm", "head", "head_dist"):
         if isinstance(getattr(model, unused, None), nn.Module):
             setattr(model, unused, nn.Identity())
-    if any(hasattr(model, unused) for unused in CLASS_BLOCKS):
-        for unused in ("cls_token", *CLASS_BLOCKS):
-            setattr(model, unused, None)
+    for blocks in CLASS_BLOCKS:
+        if hasattr(model, blocks):
+            setattr(model, blocks, None)
+            model.cls_token = None
 
 
 def blocks_of_stages(model: nn.Module, stages: Iterable[str]) -> list[nn.Module]:
@@ -189,7 +187,6 @@ class TextEncoder(nn.Module):
     """
 
     model: Any
-    pooling: str
 
     def __init__(
         self,
@@ -210,7 +207,7 @@ class TextEncoder(nn.Module):
         `overrides`: fields of the family's configuration class.
         """
         super().__init__()
-        fields = dict(overrides or {})
+        fields = overrides or {}
         if weights == "random" or Path(weights).is_file():
             fields = {"vocab_size": vocab_size, "pad_token_id": pad_id} | fields
             config = text_config(family(name), layers, dropout, **fields)
@@ -236,10 +233,7 @@ class TextEncoder(nn.Module):
         self.pooling = "last" if causal or contrastive else "first"
         if "t5" in config.model_type:
             self.pooling = "mean"  # it has no class token
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        return layers_of(self.model)
+        self.blocks = layers_of(self.model)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, padded: bool | None = None
@@ -291,8 +285,8 @@ def text_config(
     config_class = type(config)
     values = config.to_dict()
     field_names = values.keys() | config_class.attribute_map.keys() | UNDECLARED
-    for field in sorted(fields.keys() - field_names):
-        raise ValueError(f"text_overrides has {field!r}: {nearest(field, values)}")
+    if unknown := min(fields.keys() - field_names, default=None):
+        raise ValueError(f"text_overrides has {unknown!r}: {nearest(unknown, values)}")
     # No dropout inside the attention: CPUs have no fused attention kernel with dropout.
     rates = {key: 0.0 for key in ATTENTION_DROPOUT if key in values}
     rates |= {key: dropout for key in DROPOUT if key in values}

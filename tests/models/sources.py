@@ -14,9 +14,8 @@ from open_clip.push_to_hf_hub import save_config_for_hf
 from safetensors.torch import load_file, save_file
 
 from ds_cmli.config.presets import load_preset
-from ds_cmli.config.schema import DataConfig
 from ds_cmli.config.source import ModelSource, temperature_loss
-from ds_cmli.data.tokens import builtin_tokenizer, tokenizer_of
+from ds_cmli.data.tokens import CaptionTokenizer, builtin_tokenizer, pretrained_tokenizer
 from ds_cmli.engine import build_models
 from ds_cmli.export import command
 from tests import make
@@ -212,19 +211,17 @@ def settings(source, losses=(), data=None, **student):
     return load_preset("tiny", chosen | {"data": data or {}})
 
 
-@cache
-def bpe(context_length: int, padding: str):
-    """The tokenizer of open_clip itself, which takes a second to make."""
-    return tokenizer_of(DataConfig(tokenizer="open_clip", context_length=context_length, padding=padding))
+bpe = cache(partial(pretrained_tokenizer, "open_clip"))  # which takes a second to make
 
 
 def start(source, **chosen):
     """The objective, the configuration and the tokenizer of a training that starts from the source."""
     config = settings(source, **chosen)
     data = config.data
-    words = bpe(data.context_length, data.padding) if data.tokenizer == "open_clip" else tokenizer_of(data)
+    tokenizer = bpe() if data.tokenizer == "open_clip" else pretrained_tokenizer(data.tokenizer)
+    words = CaptionTokenizer(tokenizer, data.context_length, data.padding == "full")
     objective, _ = build_models(config, words.vocab_size, pad_id=words.pad_id)
-    return objective.eval(), config, words
+    return objective, config, words
 
 
 def run_of(source, folder: Path, **chosen) -> Path:

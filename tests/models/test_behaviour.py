@@ -1,8 +1,5 @@
-from typing import NamedTuple
-
 import pytest
 import torch
-from torch import nn
 from torch.testing import assert_close
 
 from ds_cmli.config.schema import TeacherConfig
@@ -15,15 +12,9 @@ LORA = {"image": ["qkv", "mlp.fc1"], "text": ["query"]}
 LOSSES = {"weights": {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}}
 
 
-class Built(NamedTuple):
-    objective: nn.Module
-    teacher: nn.Module
-
-
 @pytest.fixture(scope="module")
-def built() -> Built:
-    objective, teacher = make.models(loss=LOSSES)
-    return Built(objective.eval(), teacher)
+def objective():
+    return make.models(loss=LOSSES)[0].eval()
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +28,9 @@ def texts(length: int, attended: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def test_padding_changes_no_text(built, images):
+def test_padding_changes_no_text(objective, images):
     """Neither its tokens nor its length count, also in the blocks that image and text share."""
-    student = built.objective.student
+    student = objective.student
     for block in student.shared.parameters():
         block.add_(torch.randn(block.shape, generator=torch.Generator().manual_seed(2)) * 0.1)
     ids, mask = texts(12, 5)
@@ -73,15 +64,13 @@ def test_patches_lie_row_by_row_without_the_class_token(name):
         assert moved.nonzero().flatten().tolist() == [4 * row + column]
 
 
-def test_the_teacher_gives_normalised_features_of_frozen_weights(built, images):
-    teacher = built.teacher
+def test_the_teacher_gives_normalised_features_of_frozen_weights(images):
+    _, teacher = make.models(loss=LOSSES)
     targets = teacher(images)
     assert targets.patches.shape == (3, 16, 32) and not targets.patches.requires_grad
     for x in (targets.cls, targets.patches):
         assert x.mean(-1).abs().max() < 1e-3 and (x.var(-1, correction=0) - 1).abs().max() < 0.05
     assert not any(p.requires_grad for p in teacher.parameters())
-    teacher.train()
-    assert torch.equal(teacher(images).patches, targets.patches)
 
 
 def test_a_teacher_of_convolutions_gives_a_picture_the_same_features_in_each_batch(images):
@@ -89,7 +78,7 @@ def test_a_teacher_of_convolutions_gives_a_picture_the_same_features_in_each_bat
     overrides = make.FEATURE_MAPS["resnet18"]
     teacher = Teacher(TeacherConfig(model="resnet18", weights="random", block=-1, overrides=overrides), 64, (2, 2))
     larger = torch.nn.functional.pad(images, (0, 8, 0, 8))
-    together = teacher(larger).patches
+    together = teacher.train()(larger).patches
     assert_close(teacher(larger[:1]).patches, together[:1], rtol=1e-4, atol=1e-4)
     assert torch.equal(teacher(larger).patches, together)
 
@@ -110,10 +99,10 @@ def test_the_teachers_patches_are_resampled_to_the_students_grid():
     assert (x[:, 0] - x[:, 3]).norm() > 1 and (x[:, 2] - x[:, 3]).norm() < 1e-2
 
 
-def test_one_projection_starts_orthonormal_and_serves_both_sides(built):
-    weight = built.objective.student.projection.weight
+def test_one_projection_starts_orthonormal_and_serves_both_sides(objective):
+    weight = objective.student.projection.weight
     assert_close(weight @ weight.t(), torch.eye(16), rtol=1e-4, atol=1e-5)
-    assert sum("projection.weight" in name for name, _ in built.objective.named_parameters()) == 1
+    assert sum("projection.weight" in name for name, _ in objective.named_parameters()) == 1
 
 
 def adapted(lora: dict[str, list[str]], **student):

@@ -58,16 +58,6 @@ def test_longer_texts_of_open_clip_have_the_features_of_its_own_resize(folders):
     assert (ids[2] != 0).all()  # a text of full length
 
 
-@torch.no_grad()
-def test_short_texts_of_clip_keep_their_features_when_its_positions_are_stretched(folders):
-    unchanged, _, words = start(folders("CLIP"))
-    longer, _, _ = start(folders("CLIP"), data={"context_length": 154})
-    ids = torch.tensor([words("a red car and a dog").input_ids])
-    assert ids.shape[1] <= 20
-    features, longer_features = (x.student.text_embeddings(ids, ids >= 0) for x in (unchanged, longer))
-    assert_close(longer_features, features, rtol=0, atol=1e-6)
-
-
 def test_positions_are_stretched_as_long_clip_does_it():
     """77 to 248, position by position: after the first 20, three new ones between each two."""
     table = torch.randn(77, 3)
