@@ -148,7 +148,7 @@ def seconds(call: Callable[[], object], clock: str, device: torch.device) -> flo
     return CLOCKS[clock]() - started
 
 
-def serve(case: str) -> None:
+def time_calls(case: str) -> None:
     """Answer each line with the seconds of a call; first with the bytes of one."""
     name, clock, threads, setting, images, texts, dtype, device = json.loads(case)
     torch.set_num_threads(threads)
@@ -211,7 +211,7 @@ class Speed(NamedTuple):
     bytes: float  # the peak beyond inputs and gradients
 
 
-def measure(
+def measure_speed(
     images: int = 64,
     texts: int = 64,
     setting: str = "full",
@@ -257,8 +257,8 @@ def measure(
 @click.option("--serve", "case", hidden=True)
 def command(only: str, case: str | None, **options) -> None:
     if case:
-        return serve(case)
-    results = measure(contenders=tuple(only.split(",")), **options)
+        return time_calls(case)
+    results = measure_speed(contenders=tuple(only.split(",")), **options)
     print(
         "{images} x {texts}, {setting}, {dtype}, {threads} threads, {device}; medians of {repeats}".format(
             **options
