@@ -56,7 +56,6 @@ def compiled(source: Path, flags: list[str]) -> ctypes.CDLL:
 
 @functools.cache
 def load_kernels() -> ctypes.CDLL:
-    """Return the library of cpu.cpp for this processor. Raises as `compiled`."""
     vector_flags = VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), "")
     return compiled(SOURCE, f"{COMPILER_FLAGS} {vector_flags}".split())
 

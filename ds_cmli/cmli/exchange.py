@@ -87,8 +87,7 @@ def gather_texts(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the texts of all ranks [G, M, D] and their mask, valid tokens first. Collective.
 
-    M is `max_tokens`. One rank gets its text [B, M, D] and mask [B, M] as they are. Vectors have no
-    mask.
+    M is `max_tokens`. One rank gets its own as they are. Vectors have no mask.
     """
     if num_ranks() == 1:
         return text, token_mask
@@ -107,10 +106,7 @@ def sum_to_owner(
     local_token_mask: Tensor | None,
     sizes: TextSizes,
 ) -> Tensor:
-    """Return the sum over ranks of the gradient of this rank's texts, in their shape. Collective.
-
-    The first two arguments belong to the texts that `gather_texts` returned.
-    """
+    """Return the sum of all ranks' gradients of this rank's texts, in their shape. Collective."""
     if num_ranks() == 1:
         return d_global_text
     with exchanging():

@@ -35,7 +35,6 @@ def text_groups(token_mask: Tensor) -> Iterator[tuple[Tensor, int, bool]]:
 
 
 def image_tiles(num_images: int, similarities: int, device: torch.device) -> list[slice]:
-    """Divide the images into those of a tile, each with so many similarities."""
     max_similarities = 2**19 if device.type == "cpu" else 2**24
     return slices(num_images, max(1, max_similarities // similarities))
 

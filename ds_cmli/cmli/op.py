@@ -105,10 +105,8 @@ def score_pairs(
     backend: str,
     keep_argmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return both scores [I, J] and the argmax indices, which are empty unless `keep_argmax`.
-
-    The argmax indices are the best token of each patch [I, J, N], and the best patch of each token
-    [I, J, M].
+    """Return both scores [I, J], and the best token of each patch [I, J, N] and the best patch of
+    each token [I, J, M], which are empty unless `keep_argmax`.
     """
     sides = Sides(image, text, token_mask, patch_mask)
     kernels = choose_kernels(sides, backend)
@@ -259,7 +257,7 @@ def _warn(reason: str) -> None:
 
 @functools.cache
 def why_not_cpu() -> str | None:
-    """Return why the C++ kernels do not run, in one line with the compiler's message, or None."""
+    """Return why the C++ kernels do not run, in one line, or None."""
     try:
         cpu.load_kernels()
     except subprocess.CalledProcessError as error:

@@ -57,7 +57,6 @@ def same_dtype(image: Tensor, text: Tensor) -> SidePair:
 
 
 def check_mask(name: str, mask: Tensor, features: Tensor) -> None:
-    """Raise ValueError unless the mask is bool, of the features' positions and on their device."""
     shape = features.shape[:2]
     if mask.dtype != torch.bool or mask.shape != shape or mask.device != features.device:
         raise ValueError(

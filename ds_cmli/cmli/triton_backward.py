@@ -53,15 +53,6 @@ def backward_tiles(
     return BackwardTiles(64, step, 256, warps=8, stages=2)
 
 
-def can_split(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
-    """Return True if the kernel is compiled to split a coefficient into two terms.
-
-    It is for bf16; and for fp16 on sm_100, where no coefficient is split, but Triton 3.9 fails on a
-    loop of one product that loads ahead.
-    """
-    return dtype == torch.bfloat16 or (dtype == torch.float16 and capability[0] == 10)
-
-
 def source_steps(source: Sequences, step: int) -> tuple[TileList, TileList]:
     """List the positions up to each sequence's last valid one: in long steps, and the remainders.
 
@@ -96,10 +87,8 @@ def add_gradient(
 ) -> None:
     """Add the gradient of p, this side, to `out`: sums of features of q, the other side.
 
-    Args:
-        argmax: the choices of the positions of p, and of those of q.
-        d_means: the gradients of the scores that are means over p's and over q's positions, [I, J].
-        p_axis: 0 if p are the images.
+    `argmax` are the choices of p's and of q's positions; `d_means` [I, J] the gradients of the
+    scores that are means over these. `p_axis` is 0 if p are the images.
     """
     P, p_length, D = p.features.shape
     Q, q_length, _ = q.features.shape
@@ -118,6 +107,9 @@ def add_gradient(
     bound = (bound + q_coefficient.abs().amax(1)).clamp_(min=1e-30)
     q_weight = q_coefficient / bound[:, None]
     q_weight = (q_weight if p_axis == 0 else q_weight.t()).contiguous()  # [I, J], as d_p_mean
+    # Coefficients are split into two terms in bf16. On sm_100 the kernel is compiled for it in fp16
+    # too, where Triton 3.9 fails on a loop of one product that loads ahead.
+    can_split = dtype == torch.bfloat16 or (dtype == torch.float16 and capability[0] == 10)
     # In the features' precision: in fp32 the last step needs more registers than there are.
     part = torch.zeros_like(p.features)
     if has_data(out):
@@ -128,7 +120,7 @@ def add_gradient(
                 q_argmax, d_p_mean, q_weight, *d_p_mean.stride(), P, Q, p_length, q_length, slots,
                 long_steps.slots, 2 if dtype == torch.bfloat16 else 1, D=D, BD=tiles.features,
                 ROWS=tiles.rows, LONG=tiles.step, P_MASKED=p.masked, Q_MASKED=q.masked,
-                TWO_TERMS=can_split(dtype, capability), STAGES=tiles.stages, num_warps=tiles.warps,
+                TWO_TERMS=can_split, STAGES=tiles.stages, num_warps=tiles.warps,
                 num_stages=tiles.stages,
             )  # fmt: skip
     out += part

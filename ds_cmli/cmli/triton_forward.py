@@ -167,13 +167,9 @@ def tile_list(
     start: Tensor | None = None,
     end_code: int = 0,
 ) -> TileList:
-    """List the tiles of each sequence.
+    """List the tiles of each sequence: `counts` [X], at most `max_count`.
 
-    Args:
-        counts: [X], tiles of each sequence, at most `max_count`.
-        unit: places from one tile of a sequence to the next.
-        start: [X], the place of a sequence's first tile; None: 0.
-        end_code: the code beyond the last tile.
+    A sequence's first tile is at the place `start` [X], None: 0, and the next ones `unit` further.
     """
     first = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
     bound = len(counts) * max_count
@@ -188,10 +184,7 @@ def tile_list(
 
 
 def text_tiles(ends: Tensor, longest: int, widths: tuple[int, ...]) -> list[TileList]:
-    """List, for each tile width, the tiles of the texts that take it.
-
-    Longer texts than the last width take several tiles of it.
-    """
+    """List, for each tile width, the tiles of the texts that take it (see `ForwardTiles`)."""
     lists = []
     shorter = 0  # the width before: its texts take that
     for width in widths:

@@ -46,17 +46,12 @@ LOGS = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_pri
 
 
 def build_models(
-    config: Config, vocab_size: int, pretrained: bool = True, pad_id: int = 0
+    config: Config, vocab_size: int, pad_id: int = 0
 ) -> tuple[Objective, Teacher | None]:
     """Build the student with its losses, and the teacher if a loss needs it.
 
-    They are on the CPU, in fp32, equal on every rank.
-
-    Args:
-        pretrained: False: the student's weights are random, because they will be overwritten.
-        pad_id: of the tokenizer, which fills up texts.
+    They are on the CPU, in fp32, equal on every rank. `pad_id` is the tokenizer's.
     """
-    data = config.data
     settings = config.student
     teacher_settings = config.teacher
     if settings.image_weights == "demo":
@@ -66,24 +61,22 @@ def build_models(
     source = ModelSource(settings.source)
     source_model = None
     teacher = None
-    if pretrained and source.name and source.is_ds_cmli:
+    if source.name and source.is_ds_cmli:
         source_model = load_model(source.local_folder, source.weights or WEIGHTS, "student.source")
     torch.manual_seed(config.run.seed)
-    sizes = data.image_size, vocab_size, data.context_length
-    student = Student(settings, *sizes, pretrained and source_model is None, pad_id)
+    sizes = config.data.image_size, vocab_size, config.data.context_length
+    student = Student(settings, *sizes, source_model is None, pad_id)
     if any(LOSSES[name].teacher for name in config.loss.weights):
         if teacher_settings.weights == "demo":
             weights = str(assets.fetch("vit") / assets.WEIGHTS)
             teacher_settings = replace(teacher_settings, weights=weights)
-        teacher = Teacher(teacher_settings, data.image_size, student.grid)
+        teacher = Teacher(teacher_settings, config.data.image_size, student.grid)
     objective = Objective(student, config.loss, teacher.width if teacher else None)
     if source_model is not None:
         student.load_state_dict(source_model.student.state_dict())
         # `strict=False` loads the losses that both have.
         objective.losses.load_state_dict(source_model.losses.state_dict(), strict=False)
-    # The weights that otherwise overwrite these later have their adapters merged.
-    if pretrained:
-        add_adapters(student, settings)
+    add_adapters(student, settings)
     freeze(objective, settings)
     return objective, teacher
 
@@ -114,12 +107,8 @@ def build(
 ) -> TrainEngine:
     """Build the engine around student and losses, ready to train. Collective.
 
-    Args:
-        ds_config: the JSON after `adapt_to_device` and `filled`.
-        total_steps: optimizer steps of the whole run, for the learning rate schedule.
-        device: this rank's device; the process group must be initialised.
-
-    Raises `UserError` for what DeepSpeed refuses.
+    `ds_config` is the JSON after `adapt_to_device` and `filled`; `total_steps` are the optimizer
+    steps of the whole run. Raises `UserError` for what DeepSpeed refuses.
     """
     import deepspeed
 
@@ -140,11 +129,11 @@ def build(
         print_line(starting_line(config.student, objective, config.data.image_size))
     torch.manual_seed(config.run.seed + distributed.rank())  # dropout differs between ranks
     wrap_blocks(config, ds_config, student, teacher)
-    frozen = {}  # before DeepSpeed casts them
-    if distributed.is_main():
-        for name, parameter in objective.named_parameters():
-            if not parameter.requires_grad:
-                frozen[name] = parameter.detach().clone()
+    frozen = {}
+    if distributed.is_main():  # before DeepSpeed casts them
+        frozen = {
+            n: p.detach().clone() for n, p in objective.named_parameters() if not p.requires_grad
+        }
     cast_buffers(student.image, dtype)
 
     # --- DeepSpeed
@@ -161,8 +150,7 @@ def build(
     content = copy.deepcopy(dict(ds_config))
     if not content.get("steps_per_print"):
         # The timer whose lines it would print waits for the GPU twice a micro-batch.
-        throughput = content.setdefault("timers", {}).setdefault("throughput", {})
-        throughput.setdefault("enabled", False)
+        content.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     with blame("DeepSpeed refuses the configuration"):
         engine, *_ = deepspeed.initialize(
             model=objective, model_parameters=groups, config=content, lr_scheduler=scheduler
@@ -191,8 +179,8 @@ def build(
 
 def show_log_of_deepspeed(ds_config: DeepSpeedConfig) -> None:
     """Let DeepSpeed's lines through if the JSON asks for any of its logs."""
-    is_asked = ds_config.get("comms_logger", {}).get("enabled", False)
-    if is_asked or any(ds_config.get(name) for name in LOGS):
+    logs_collectives = ds_config.get("comms_logger", {}).get("enabled", False)
+    if logs_collectives or any(ds_config.get(name) for name in LOGS):
         logger = logging.getLogger("DeepSpeed")
         logger.filters.clear()  # of `silence`
         if ds_config.get("log_level") is None:

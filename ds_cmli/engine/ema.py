@@ -1,13 +1,10 @@
 """The fp32 master weights, which the optimizer updates, and their exponential moving average (EMA).
 
-The master weights are a copy of the module's parameters, which ZeRO partitions over ranks.
+average = decay * average + (1 - decay) * weights, from the weights that training starts from.
 
-average = decay * average + (1 - decay) * weights
-
-It starts as the weights that training starts from. What is averaged are the master weights: each
-rank keeps the average of its own share of them (ZeRO's partition) on the same device, 4 bytes
-for each parameter of the share. Frozen parameters and buffers (BatchNorm's statistics) have no
-average: their current values are used instead.
+The master weights are a copy of the module's parameters, which ZeRO partitions over ranks. Each
+rank keeps the average of its own share on the same device, 4 bytes for each parameter. Frozen
+parameters and buffers (BatchNorm's statistics) have no average: their current values are used.
 """
 
 from collections.abc import Iterator

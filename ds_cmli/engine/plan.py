@@ -52,11 +52,8 @@ def make_plan(
 ) -> tuple[DeepSpeedConfig, GlobalBatchSampler, int]:
     """Plan a run, and print how its batch is made up.
 
-    Returns:
-        The JSON without "auto" values, the order of the training set's samples with the position in
-        it, and the number of optimizer steps.
-
-    Raises `UserError` if the batch cannot be made up.
+    Returns the JSON without "auto" values, the order of the training set's samples with the
+    position in it, and the number of optimizer steps. Raises `UserError` if there is no such batch.
     """
     rank = int(os.environ["RANK"])
     num_ranks = int(os.environ["WORLD_SIZE"])
@@ -114,13 +111,9 @@ def resolve_backend(config: Config, ds_config: DeepSpeedConfig, device: torch.de
 def choose_backend(config: Config, device: str, why_not: str | None) -> Config:
     """Return the configuration with an all-pairs backend, for training or its prediction.
 
-    On a CPU "auto" stays: the op chooses between the C++ kernels and PyTorch's operators.
-
-    Raises `UserError` if the configuration names kernels that do not run.
-
-    Args:
-        device: "cpu" or "cuda".
-        why_not: why the device's kernels do not run there; None if they do.
+    On a CPU "auto" stays: the op chooses between the C++ kernels and PyTorch's operators. `why_not`
+    says why the device's kernels do not run; None if they do. Raises `UserError` if the
+    configuration names kernels that do not run.
     """
     backend = config.loss.cmli_backend
     if not compares_tokens(config.loss.weights) or backend == "torch":

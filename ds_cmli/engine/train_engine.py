@@ -58,13 +58,10 @@ class TrainEngine:
     def step(
         self, micro_batches: Sequence[Batch], heartbeat: Callable[[], None] = lambda: None
     ) -> list[MicroBatchLosses]:
-        """Run one optimizer step. Collective.
+        """Run one optimizer step of `accumulation` micro-batches of this rank. Collective.
 
-        Args:
-            micro_batches: this rank's `accumulation` micro-batches; each is moved to the device
-                when its turn comes, with gradient caching twice.
-            heartbeat: called after each micro-batch; with gradient caching, after the losses over
-                pairs too.
+        Each is moved to the device when its turn comes, with gradient caching twice. `heartbeat` is
+        called after each; with gradient caching, after the losses over pairs too.
         """
         if self.caching:
             return self._cached_step(micro_batches, heartbeat)
@@ -108,9 +105,7 @@ class TrainEngine:
     ) -> MicroBatchLosses:
         """Run forward and backward of a micro-batch. Collective.
 
-        Args:
-            pairs: with gradient caching, the losses over pairs and their gradients.
-            index: the place of the micro-batch among those of the step.
+        With gradient caching, `index` is its place in the step.
         """
         sample_index = batch.index  # on the host
         num_compared = len(sample_index)  # this rank's pairs among those that are compared
@@ -144,10 +139,7 @@ class TrainEngine:
             return self.teacher(batch.image)
 
     def backward(self, total: Tensor) -> None:
-        """Run backward from a micro-batch's weighted loss. Collective.
-
-        If the loss is not finite, all gradients are NaN.
-        """
+        """Run backward; all gradients are NaN if the loss is not finite. Collective."""
         loss = nonfinite.poison(total)
         with scopes.scope("backward"):
             self.engine.backward(loss)

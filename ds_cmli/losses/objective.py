@@ -5,7 +5,6 @@ features of all micro-batches of a step. The learned temperature of a loss is pa
 too, so that comparing features uses no parameter of the module.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from pkgutil import resolve_name
 from typing import cast
 
@@ -49,12 +48,11 @@ class Objective(nn.Module):
         """Return this rank's mean losses of a micro-batch. Collective.
 
         Negatives are the other pairs of the micro-batch on all ranks. The mean over ranks of a loss
-        is the loss of the global micro-batch. DeepSpeed's engine calls `forward` alone, so it also
-        embeds.
+        is the loss of the global micro-batch.
 
         Args:
-            targets: the teacher's features; None if no loss needs them.
-            embed: return the features that the losses over pairs compare, and compute no loss.
+            embed: return the features that the losses over pairs compare, and compute no loss;
+                here, because DeepSpeed's engine calls `forward` alone.
             pair_gradients: the gradients of these features, if the losses over pairs have been
                 computed before; backward then uses them, multiplied by `gradient_factor`.
         """
@@ -102,10 +100,7 @@ class Objective(nn.Module):
 
     @property
     def num_duplicates(self) -> Tensor | None:
-        """The number of duplicates among the pairs compared last; None without a loss over pairs.
-
-        Duplicates are other pairs' texts that are not negatives of this rank's images.
-        """
+        """Other pairs' texts that were not negatives in the last call; None without pairs."""
         return next((loss.num_duplicates for loss in self._pair_losses().values()), None)
 
     def weigh(self, values: dict[str, Tensor]) -> list[Tensor]:
@@ -134,24 +129,18 @@ class Objective(nn.Module):
 
         CPU-GPU sync; collective if ZeRO-3 partitions the temperatures.
         """
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
         temperatures = {
             name: cast(Temperature, loss.temperature)
             for name, loss in self.losses.items()
             if hasattr(loss, "temperature")
         }
         parameters = [p for module in temperatures.values() for p in module.parameters()]
+        are_partitioned = any(hasattr(p, "ds_id") for p in parameters)
         scales = {}
-        with torch.no_grad(), _gathered(parameters):
+        with torch.no_grad(), GatheredParameters(parameters, enabled=are_partitioned):  # collective
             for name, module in temperatures.items():
                 scale, *_ = module.forward()
                 scales[name] = scale.item()
         return scales
-
-
-def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager:
-    """Return a context in which parameters that ZeRO-3 partitions are whole. Collective then."""
-    if not any(hasattr(p, "ds_id") for p in parameters):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters)  # collective

@@ -61,9 +61,8 @@ def match_patches(tokens: Tensor, patches: Tensor) -> Tensor:
 def squared_distance(x: Tensor, y: Tensor, reduction: str) -> Tensor:
     """Return ||x - y||^2 over the last dimension H, as its sum or its mean.
 
-    (7) and (9) are written with the sum; the mean is the usual "MSE". The trainer uses the mean by
-    default: the document wants this loss and the contrastive loss to weigh the same, and the sum is
-    H times larger.
+    (7) and (9) are written with the sum. The trainer's default is the mean: the document wants this
+    loss and the contrastive loss to weigh the same, and the sum is H times larger.
     """
     square = (upcast(x) - upcast(y)).square()
     return square.mean(-1) if reduction == "mean" else square.sum(-1)
@@ -141,11 +140,8 @@ class ClsDistillation(nn.Module):
     def forward(
         self, features: Features, targets: Targets, student: Student, head: WidthHead | None
     ) -> Tensor:
-        image_cls = features.image_cls
-        text_cls = features.text_cls
-        if head is not None:
-            image_cls = head(image_cls)
-            text_cls = head(text_cls)
-        image = squared_distance(image_cls, targets.cls, self.reduction).mean()
-        text = squared_distance(text_cls, targets.cls, self.reduction).mean()
-        return (image + text) / 2
+        losses = []
+        for student_cls in (features.image_cls, features.text_cls):
+            cls = student_cls if head is None else head(student_cls)
+            losses.append(squared_distance(cls, targets.cls, self.reduction).mean())
+        return torch.stack(losses).sum() / 2
