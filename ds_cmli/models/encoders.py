@@ -156,12 +156,9 @@ def last_block(stages: list[dict], layers: int | None, block: int | None) -> int
 
 
 def cut_timm_model(model: Any, last: int) -> None:
-    model.prune_intermediate_layers([last], prune_norm=True, prune_head=True)
     # The pretrained final norm fits only the last block; student and teacher have their own.
-    for unused in ("norm", "fc_norm", "head", "head_dist"):
-        if isinstance(getattr(model, unused, None), nn.Module):
-            setattr(model, unused, nn.Identity())
-    for blocks in CLASS_BLOCKS:
+    model.prune_intermediate_layers([last], prune_norm=True, prune_head=True)
+    for blocks in CLASS_BLOCKS:  # which timm below 1.0.28 keeps, empty, with their class token
         if hasattr(model, blocks):
             setattr(model, blocks, None)
             model.cls_token = None
@@ -209,7 +206,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         fields = overrides or {}
         if weights == "random" or Path(weights).is_file():
-            fields = {"vocab_size": vocab_size, "pad_token_id": pad_id} | fields
+            fields = {"vocab_size": vocab_size, "pad_token_id": pad_id, **fields}
             config = text_config(family(name), layers, dropout, **fields)
         else:
             place = name if weights == "hub" else weights

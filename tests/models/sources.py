@@ -101,21 +101,19 @@ OPEN_CLIP_KINDS = (*MODELS, "roberta")  # the last with a text encoder of transf
 PREPROCESS = {"siglip": {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash", "interpolation": "bilinear"}}
 
 
-def roberta_towers(folder: Path) -> dict:
-    """A model with a text encoder of transformers, whose configuration the folder gets."""
-    transformers.RobertaConfig(**text(max_position_embeddings=90)).save_pretrained(folder)
-    builtin_tokenizer().save_pretrained(folder)
-    names = {"hf_model_name": str(folder), "hf_tokenizer_name": str(folder)}
-    return towers(VIT, {**names, "hf_pooler_type": "mean_pooler"})
-
-
 def write_open_clip(folder: Path, kind: str, file: str = "open_clip_model.safetensors") -> Path:
     torch.manual_seed(0)
     folder.mkdir(parents=True)
-    model_cfg = roberta_towers(folder / "text") if kind == "roberta" else deepcopy(MODELS[kind])
     path = folder / "open_clip_config.json"
     if kind == "roberta":
-        builtin_tokenizer().save_pretrained(folder)
+        words = folder / "text"
+        transformers.RobertaConfig(**text(max_position_embeddings=90)).save_pretrained(words)
+        for place in (folder, words):
+            builtin_tokenizer().save_pretrained(place)
+        names = {"hf_model_name": str(words), "hf_tokenizer_name": str(words)}
+        model_cfg = towers(VIT, {**names, "hf_pooler_type": "mean_pooler"})
+    else:
+        model_cfg = deepcopy(MODELS[kind])
     path.write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": PREPROCESS.get(kind, {})}))
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
     for key, parameter in model.named_parameters():

@@ -58,6 +58,15 @@ def test_longer_texts_of_open_clip_have_the_features_of_its_own_resize(folders):
     assert (ids[2] != 0).all()  # a text of full length
 
 
+@torch.no_grad()
+def test_short_texts_of_clip_keep_their_features_when_its_positions_are_stretched(folders):
+    unchanged, _, words = start(folders("CLIP"))
+    longer, _, _ = start(folders("CLIP"), data={"context_length": 154})
+    ids = torch.tensor([words("a red car and a dog").input_ids])
+    features, longer_features = (x.student.text_embeddings(ids, ids >= 0) for x in (unchanged, longer))
+    assert_close(longer_features, features, rtol=0, atol=1e-6)
+
+
 def test_positions_are_stretched_as_long_clip_does_it():
     """77 to 248, position by position: after the first 20, three new ones between each two."""
     table = torch.randn(77, 3)
@@ -101,12 +110,12 @@ def test_sizes_that_a_source_cannot_have_are_one_line(folders):
         with pytest.raises(UserError, match=f"^{line}[^\n]*$"):
             start(folders(kind), data=data)
 
-    refused("data.image_size is 60: no multiple of the 14 pixels of a patch", "CLIP", image_size=60)
-    refused("data.image_size is 60: no multiple of the 14 pixels of a patch", "vit", image_size=60)
+    for kind in ("CLIP", "vit"):
+        refused("data.image_size is 60: no multiple of the 14 pixels of a patch", kind, image_size=60)
+    for kind in ("SigLIP", "siglip"):
+        refused("data.context_length is 128: student.source .* has 64: leave it out", kind, context_length=128)
     refused("data.image_size is 0: ", "CLIP", image_size=0)
     refused("data.image_size is '84': ", "CLIP", image_size="84")
-    refused("data.context_length is 128: student.source .* has 64: leave it out", "SigLIP", context_length=128)
-    refused("data.context_length is 128: student.source .* has 64: leave it out", "siglip", context_length=128)
     refused("student.source .* data.context_length is 90, and it has only 89", "roberta", context_length=90)
     refused("student.source .*open_clip cannot load it: .*positional_embedding", "resnet", image_size=96)
 
