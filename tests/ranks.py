@@ -19,13 +19,14 @@ ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LATE = "deepspeed.runtime.zero.muon.muon_optimizer"  # what an engine would import: all that torch.compile is
 _pools: list[tuple[ProcessPoolExecutor, int]] = []  # one process for each rank, and its id
+_ports = iter(random.SystemRandom().sample(range(20000, 32000), 12000))  # each once, for jobs that start together
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}  # the environment of an only rank
 
 
 def free_port() -> int:
     """Return a port below those that the system hands out by itself, 32768 and up: nobody gets it before its use."""
     while True:
-        port = random.SystemRandom().randrange(20000, 32000)
+        port = next(_ports)
         with socket.socket() as s, suppress(OSError):
             s.bind(("127.0.0.1", port))
             return port

@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -81,20 +82,50 @@ def train(rank: int, fate: str, victim: int) -> None:
     print("finished", flush=True)
 
 
-def end_of(folder: Path, fate: str, victim: int, world: int = 2) -> tuple[list[int | None], list[str], float]:
-    """Return the exit codes, the lines of output, and the seconds from the fate to the end of another rank."""
-    log = folder / "log"
-    ranks = start_function(train, world, log, fate, victim, SLURMD_NODENAME="node-7")
-    another = ranks[0 if victim else 1]
-    another.join(100)
-    end = time.time()
-    for rank in ranks:
-        rank.join(0 if fate == "is stopped" else SLACK)
-        rank.kill()
-        rank.join()
-    text = log.read_text()
-    *_, fate_at = re.findall(r"FATE ([\d.]+)", text) or [end]
-    return [rank.exitcode for rank in ranks], text.splitlines(), end - float(fate_at)
+class Job:
+    """Ranks that train, one of which meets its fate."""
+
+    def __init__(self, log: Path, fate: str, victim: int, world: int):
+        self.log = log
+        self.victim = victim
+        self.has_stopped = fate == "is stopped"  # the victim, for good
+        self.ranks = start_function(train, world, log, fate, victim, SLURMD_NODENAME="node-7")
+
+    def end(self) -> tuple[list[int | None], list[str], float]:
+        """Return the exit codes, the lines of output, and the seconds from the fate to the end of another rank."""
+        self.ranks[0 if self.victim else 1].join(100)
+        end = time.time()
+        for rank in self.ranks:
+            rank.join(0 if self.has_stopped else SLACK)
+            rank.kill()
+            rank.join()
+        text = self.log.read_text()
+        *_, fate_at = re.findall(r"FATE ([\d.]+)", text) or [end]
+        return [rank.exitcode for rank in self.ranks], text.splitlines(), end - float(fate_at)
+
+
+CASES = {
+    ("loops", 1, 2): STUCK,
+    ("loops", 0, 2): STUCK,
+    ("loads", 1, 2): STUCK,
+    ("others sync", 1, 2): STUCK,
+    ("waits elsewhere", 1, 3): STUCK,
+    ("is stopped", 1, 2): STOPPED,
+    ("is stopped", 0, 2): "its store does not answer",
+    ("is killed", 1, 2): KILLED,
+    ("is killed", 0, 2): "its process has ended",
+}
+NO_VICTIM = ("all wait", ALL, 2)
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory) -> dict[tuple[str, int, int], tuple[list[int | None], list[str], float]]:
+    """The end of each case's job. All run at once, because they mostly wait."""
+    folder = tmp_path_factory.mktemp("jobs")
+    cases = [*CASES, NO_VICTIM]
+    jobs = [Job(folder / str(number), *case) for number, case in enumerate(cases)]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        return dict(zip(cases, pool.map(Job.end, jobs), strict=True))
 
 
 def assert_one_error(lines: list[str], beginning: str) -> str:
@@ -104,33 +135,28 @@ def assert_one_error(lines: list[str], beginning: str) -> str:
     return error
 
 
-CASES = [
-    ("loops", 1, 2, STUCK), ("loops", 0, 2, STUCK), ("loads", 1, 2, STUCK), ("others sync", 1, 2, STUCK),
-    ("waits elsewhere", 1, 3, STUCK), ("is stopped", 1, 2, STOPPED), ("is stopped", 0, 2, "its store does not answer"),
-    ("is killed", 1, 2, KILLED), ("is killed", 0, 2, "its process has ended"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("fate, victim, world, words", CASES)
-def test_the_rank_at_fault_is_named_and_the_job_ends(tmp_path, fate, victim, world, words):
-    codes, lines, seconds = end_of(tmp_path, fate, victim, world)
-    assert codes.pop(victim) in (FAULT_EXIT_CODE, -signal.SIGKILL) and {*codes} == {FAULT_EXIT_CODE}, lines
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_rank_at_fault_is_named_and_the_job_ends(ends, case):
+    codes, lines, seconds = ends[case]
+    fate, victim, _ = case
+    assert codes[victim] in (FAULT_EXIT_CODE, -signal.SIGKILL), lines
+    assert {*codes[:victim], *codes[victim + 1 :]} == {FAULT_EXIT_CODE}, lines
     assert seconds < 2 * TIMEOUT + SLACK
-    error = assert_one_error(lines, f"rank {victim} on node node-7: {words}")
+    error = assert_one_error(lines, f"rank {victim} on node node-7: {CASES[case]}")
     # A rank that is gone publishes nothing more: what it had done is a moment old, on a loaded machine some seconds.
     steps = range(6) if fate in ("is stopped", "is killed") else (5,)
     assert error.endswith(tuple(f"; last step {step}" for step in steps))
 
 
-def test_no_rank_is_named_where_none_is_behind(tmp_path):
-    codes, lines, _ = end_of(tmp_path, "all wait", ALL)
+def test_no_rank_is_named_where_none_is_behind(ends):
+    codes, lines, _ = ends[NO_VICTIM]
     assert codes == [FAULT_EXIT_CODE] * 2
     assert_one_error(lines, f"all ranks: {STUCK}")
 
 
 @pytest.mark.slow
 def test_a_rank_that_compiles_evaluates_and_saves_is_left_alone(tmp_path):
-    codes, lines, _ = end_of(tmp_path, "gets on", 1)
+    codes, lines, _ = Job(tmp_path / "log", "gets on", 1, 2).end()
     assert codes == [0, 0] and lines.count("finished") == 2 and not [line for line in lines if "error" in line]
 
 
