@@ -77,18 +77,6 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen, log: Pa
     assert condition(), f"it has ended with {process.returncode}:\n{log.read_text()}"
 
 
-@contextmanager
-def training_ranks(arguments: Sequence[object], logs: Sequence[Path]) -> Iterator[list[subprocess.Popen]]:
-    """Start a training on as many ranks as there are `logs`, and wait for its fifth step. Kill it at the end."""
-    processes = start_ranks(["ds_cmli/train.py", *arguments], logs)
-    try:
-        wait_for(lambda: "step 5/" in logs[0].read_text(), processes[0], logs[0])
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-
-
 def python(
     *argv: object, launcher: Sequence[str] = (sys.executable,), env: dict[str, str] | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess:
@@ -129,6 +117,26 @@ def _in_process(env: dict[str, str], output: Path, function: Callable, rank: int
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     function(rank, *arguments)
+
+
+@contextmanager
+def training_ranks(arguments: Sequence[object], log: Path) -> Iterator[list[ForkServerProcess]]:
+    """Start a training on two ranks, and wait for its fifth step. Kill it at the end."""
+    log.touch()
+    processes = start_function(_train, 2, log, [*map(str, arguments)])
+    try:
+        poll(lambda: "step 5/" in log.read_text() or not processes[0].is_alive(), 240, log.read_text)
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def _train(rank: int, arguments: list[str]) -> None:
+    from ds_cmli import commands, train
+
+    sys.argv = ["train.py", *arguments]
+    commands.run_command(train.command)
 
 
 def run(function: Callable, world: int, *arguments: object, group: bool = True, timeout: float = 300) -> list[Any]:

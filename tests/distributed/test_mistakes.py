@@ -1,7 +1,6 @@
 """A mistake is printed once for all ranks, by the lowest rank that has met it."""
 
 import sys
-from pathlib import Path
 from unittest import mock
 
 import click
@@ -33,16 +32,30 @@ def train(rank: int, ranks_with_mistake: tuple[int, ...], has_group: bool) -> No
 
 BY_RANK_1 = "error: rank 1 on node n7: the lr is -1"
 BY_RANK_0 = "error: the lr is -1"
-CASES = [
-    ((1,), False, BY_RANK_1), ((1, 2), False, BY_RANK_1), ((0, 1, 2), False, BY_RANK_0), ((1,), True, BY_RANK_1),
-    ((0, 1, 2), True, BY_RANK_0),
-]  # fmt: skip
+CASES = {  # ranks with the mistake, whether the processes have met, and the line about it
+    ((1,), False): BY_RANK_1,
+    ((1, 2), False): BY_RANK_1,
+    ((0, 1, 2), False): BY_RANK_0,
+    ((1,), True): BY_RANK_1,
+    ((0, 1, 2), True): BY_RANK_0,
+}
 
 
-@pytest.mark.parametrize("ranks_with_mistake, has_group, line", CASES)
-def test_the_lowest_rank_that_has_a_mistake_prints_it(tmp_path: Path, ranks_with_mistake, has_group, line):
-    log = tmp_path / "log"
-    processes = start_function(train, 3, log, ranks_with_mistake, has_group, SLURMD_NODENAME="n7")
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory) -> dict:
+    """The log and the processes of each case's job. All run at once, because they mostly wait."""
+    folder = tmp_path_factory.mktemp("jobs")
+    logs = [folder / str(number) for number in range(len(CASES))]
+    return {
+        case: (log, start_function(train, 3, log, *case, SLURMD_NODENAME="n7"))
+        for case, log in zip(CASES, logs, strict=True)
+    }
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_lowest_rank_that_has_a_mistake_prints_it(jobs, case):
+    log, processes = jobs[case]
+    ranks_with_mistake, _ = case
     for rank in ranks_with_mistake:
         processes[rank].join(60)
     codes = [processes[rank].exitcode for rank in ranks_with_mistake]
@@ -50,4 +63,4 @@ def test_the_lowest_rank_that_has_a_mistake_prints_it(tmp_path: Path, ranks_with
         process.kill()
         process.join()
     assert {*codes} == {2}, log.read_text()
-    assert [text for text in log.read_text().splitlines() if text.startswith("error: ")] == [line]
+    assert [text for text in log.read_text().splitlines() if text.startswith("error: ")] == [CASES[case]]

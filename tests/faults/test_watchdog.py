@@ -229,10 +229,11 @@ def test_the_line_is_the_packages_also_where_it_is_installed(monkeypatch):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_training_whose_rank_is_killed_ends_with_one_line(tmp_path, source, victim):
     options = ["--preset", "tiny", "--steps", "100000", "--log-every", "1", *source]
-    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
-    with training_ranks([*options, "--output-dir", tmp_path / "run"], logs) as processes:
+    log = tmp_path / "log"
+    with training_ranks([*options, "--output-dir", tmp_path / "run"], log) as processes:
         processes[victim].kill()
-        assert processes[1 - victim].wait(60) == FAULT_EXIT_CODE
-    lines = [line for log in logs for line in log.read_text().splitlines()]
+        processes[1 - victim].join(60)
+        assert processes[1 - victim].exitcode == FAULT_EXIT_CODE
+    lines = log.read_text().splitlines()
     assert_one_error(lines, f"rank {victim} on node ")
     assert not [line for line in lines if "peer" in line or "Exception" in line]
