@@ -57,9 +57,6 @@ class Stream(torch.Stream):
         cls.works[number]  # makes its Work if there is none
         return out
 
-    def __init__(self, *_: object, **__: object) -> None:
-        pass
-
     @classmethod
     def begin(cls) -> None:
         """Forget all streams but the default one, which becomes the current one."""

@@ -93,10 +93,7 @@ def command(deepspeed_config: str, settings: Sections, **values: Any) -> int:
 def predict(
     config: Config, ds_config: DeepSpeedConfig, options: SimpleNamespace
 ) -> tuple[Report, bool]:
-    """Print one setting, or the largest micro-batch that fits; return its report, and if it fits.
-
-    `options` are the command's.
-    """
+    """Print one setting or the largest micro-batch; return its report, and whether it fits."""
     from ds_cmli.memory.largest_batch import find_largest_batch
     from ds_cmli.memory.step_memory import Step, predicted_worst
 
@@ -118,7 +115,8 @@ def predict(
         print(f"tried, micro-batch: on the device: {tried}")
         return largest.report, largest.micro_batch > 0
     progress = Progress(num_trials=1)
-    progress.begin(f"a step of one of {options.world_size} ranks, on tensors without data")
+    ranks = "one rank" if options.world_size == 1 else f"one of {options.world_size} ranks"
+    progress.begin(f"a step of {ranks}, on tensors without data")
     report = predicted_worst(step, gpu, gpu.total_bytes)
     progress.end()
     print(sentence(report, gpu))
@@ -164,18 +162,18 @@ def sentence(report: Report, gpu: Gpu) -> str:
     occupied = report.totals["device"]
     occupied_gb, available, difference = gigabytes(occupied, total, abs(occupied - total))
     setting = report.setting
-    step = f"micro-batch {setting['micro_batch']} with ZeRO-{setting['zero_stage']}"
-    step += f" over {setting['world_size']} GPUs"
+    num_gpus = "1 GPU" if setting["world_size"] == 1 else f"{setting['world_size']} GPUs"
+    step = f"micro-batch {setting['micro_batch']} with ZeRO-{setting['zero_stage']} over {num_gpus}"
     if setting.get("rank"):
         step += f" (rank {setting['rank']}, which needs the most)"
     needs = f"{step} needs {occupied_gb} GB"
     if report.margin:
         needs += f" ({report.margin})"
     if occupied > total:
-        verdict = f"does not fit on a {gpu.name} ({available} GB), by {difference} GB"
+        verdict = f"does not fit on the {gpu.name} ({available} GB), by {difference} GB"
         return f"{needs} and {verdict}: --fit {gpu.name!r} finds what does"
     left = f"{difference} GB are left{retries_clause(report.retries)}"
-    return f"{needs} and fits on a {gpu.name} ({available} GB), {left}"
+    return f"{needs} and fits on the {gpu.name} ({available} GB), {left}"
 
 
 def fit_sentence(largest: "LargestBatch", room: int) -> str:
@@ -199,9 +197,9 @@ def room_sentence(fit: str, room: int, fitted_gpu: str, gpu: Gpu, report: Report
     overhead = "CUDA's context"
     if report.setting["world_size"] > 1:
         overhead += " and NCCL"
-    left = f"{usable:,} B of them for tensors, the rest is {overhead} as on a {gpu.name}"
+    left = f"{usable:,} B of them for tensors, the rest is {overhead} as on the {gpu.name}"
     if fitted_gpu:
-        return f"--fit {fit!r} means the {room:,} B that a {fitted_gpu} has: {left}"
+        return f"--fit {fit!r} means the {room:,} B that the {fitted_gpu} has: {left}"
     return f"--fit {fit!r} means {room:,} B of a GPU: {left}"
 
 

@@ -26,13 +26,7 @@ from ds_cmli.memory.categories import owners
 from ds_cmli.memory.profile import record_history
 from ds_cmli.memory_model import gpus
 
-PHRASES = (
-    "can't allocate memory",
-    "not enough memory",
-    "std::bad_alloc",
-    "out of memory",
-    "ALLOC_FAILED",
-)
+PHRASES = ("can't allocate memory", "std::bad_alloc", "out of memory", "ALLOC_FAILED")
 
 
 def is_shortage(error: BaseException) -> bool:

@@ -128,9 +128,8 @@ def show(report: Report) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    settings = []
-    for name, value in report.setting.items():
-        settings.append(f"{name.replace('_', ' ')} {_plain(value)}")
+    setting = report.setting.items()
+    settings = [f"{name.replace('_', ' ')} {_plain(value)}" for name, value in setting]
     rank = report.setting.get("rank", 0)
     console.print(f"\nMemory of rank {rank}, {report.source}: {', '.join(settings)}")
     requested = max(report.totals["requested"], 1)
@@ -181,10 +180,8 @@ def plot(report: Report, path: str) -> None:
     columns = np.array_split(np.arange(live.shape[1]), min(300, live.shape[1]))
     starts = [column[0] for column in columns]
     peaks = [column[live[:, column].sum(0).argmax()] for column in columns]
-    names = []
-    for row in shown:
-        name = CATEGORIES[row]
-        names.append(f"{name}, {report.categories[name] / 1e9:.2f} GB")
+    categories = [CATEGORIES[row] for row in shown]
+    names = [f"{name}, {report.categories[name] / 1e9:.2f} GB" for name in categories]
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axis = figure.subplots()
     colours = [colormaps["tab20"](row) for row in shown]

@@ -16,7 +16,8 @@ since 2.0), with the default settings, so without expandable segments.
  6. A freed block is merged with the free blocks next to it in its segment. A segment that is wholly
     free stays reserved for its stream until the device has no room: then all wholly free segments
     are returned, and the request is retried.
-The device's addresses are not known: here each segment follows the last.
+The device's addresses are not known: here each segment follows the last, so that addresses are in
+the order in which segments were taken.
 """
 
 from bisect import bisect_left, insort
@@ -69,11 +70,6 @@ class Block:
     before: "Block | None" = None
     after: "Block | None" = None
 
-    @property
-    def sort_key(self) -> tuple[int, int, int]:
-        """Return the key in the order of rule 3."""
-        return self.size, self.segment.number, self.address
-
     def split(self, size: int) -> "Block":
         """Keep `size` bytes. Return the remainder, which is the block after it."""
         remainder = Block(
@@ -102,7 +98,6 @@ class Segment:
     size: int
     stream: int
     small: bool
-    number: int  # in the order in which segments were taken
     event: Event | None  # the allocation that needed a new segment
     first: Block = field(init=False)
 
@@ -132,13 +127,12 @@ class CachingAllocator:
     def __init__(self, limit: int | None = None):
         self.limit = limit
         self.segments: dict[int, Segment] = {}  # by address
-        # Of each pool and stream, sorted: the fields of `sort_key`, and the block.
-        self.free_blocks = defaultdict[tuple[bool, int], list[tuple]](list)
+        # Of each pool and stream, in the order of rule 3: size, address and the block.
+        self.free_blocks = defaultdict[tuple[bool, int], list[tuple[int, int, Block]]](list)
         self.actions: list[Action] = []
         self.requested = self.allocated = self.reserved = 0
         self.peaks: tuple[int, ...] = (0, 0, 0)  # of these three
         self.next_address = FIRST_ADDRESS
-        self.segments_taken = 0
         self.retries = 0  # requests for which all cached memory was returned
 
     def malloc(self, requested: int, stream: int = 0, event: Event | None = None) -> Block:
@@ -214,8 +208,7 @@ class CachingAllocator:
                     f"{requested:,} bytes asked for with {self.reserved:,} of {self.limit:,} "
                     f"reserved, {self.allocated:,} of them allocated"
                 )
-        self.segments_taken += 1
-        segment = Segment(self.next_address, taken, stream, small, self.segments_taken, event)
+        segment = Segment(self.next_address, taken, stream, small, event)
         self.next_address += taken
         self.segments[segment.address] = segment
         self.reserved += taken
@@ -228,11 +221,11 @@ class CachingAllocator:
 
     def _add_free(self, block: Block) -> None:
         free = self.free_blocks[block.segment.small, block.segment.stream]
-        insort(free, (*block.sort_key, block))
+        insort(free, (block.size, block.address, block))
 
     def _remove_free(self, block: Block) -> None:
         free = self.free_blocks[block.segment.small, block.segment.stream]
-        free.pop(bisect_left(free, block.sort_key))
+        free.pop(bisect_left(free, (block.size, block.address)))
 
 
 def round_up(number: int, multiple: int) -> int:

@@ -16,8 +16,6 @@ from ds_cmli.errors import UserError
 
 UNITS = {"": 1, "B": 1, "BYTES": 1, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20}
 UNITS["GIB"] = 2**30
-
-
 MAKER = ("nvidia", "tesla", "geforce")
 # The CUDA C++ Programming Guide's "Technical Specifications per Compute Capability": threads of a
 # multiprocessor, and KiB of shared memory of a block.

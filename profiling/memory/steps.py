@@ -167,7 +167,8 @@ def whole_step(preset: str, world_size: int, gpu: Gpu, measures: bool) -> tuple[
         size = vars(report)[part][name]
         counted = None if measurement is None else vars(measurement)[part].get(name)
         rows.append([line, in_gigabytes(size), count(size), count(counted)])
-    title = f"The whole step: preset {preset} on a {gpu.name}, {world_size} rank(s)"
+    ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
+    title = f"The whole step: preset {preset} on the {gpu.name}, {ranks}"
     table = section(title, ["", "GB", "predicted B", "measured B"], rows)
     sentence = f"{title}: predicted {requested:,} B ({in_gigabytes(requested)} GB), {result}."
     return sentence, table

@@ -111,8 +111,8 @@ def test_fit_reports_what_fits_and_what_does_not_fit_has_exit_code_3(tmp_path, m
     assert printed.err.startswith("trial 1: micro-batch 1\ntrial 2: micro-batch 2; about ")
     code, above = by_command(tmp_path, "above", {**gpu, "--micro-batch": 256}, GLOBAL)
     printed = capsys.readouterr()
-    assert "does not fit on a GPU of 515MB" in printed.out and "peak of phase" in printed.out
-    assert printed.err == "trial 1 of 1: a step of one of 1 ranks, on tensors without data\n"
+    assert "does not fit on the GPU of 515MB" in printed.out and "peak of phase" in printed.out
+    assert printed.err == "trial 1 of 1: a step of one rank, on tensors without data\n"
     assert code == 3 and above["totals"]["device"] > 515_000_000
     code, none = by_command(tmp_path, "none", {**gpu, "--fit": "300MB"}, GLOBAL)
     assert code == 3 and none["setting"]["micro_batch"] == 1
@@ -266,7 +266,7 @@ def test_what_zero_3_may_reserve_beyond_its_prediction_is_in_every_answer(shown)
     answer = "fits in 25.00 GB with micro-batch 64; 65 needs 26.00 GB"
     assert fit_sentence(largest_batch, 25 * 10**9) == f"{answer}; {margin} may be reserved"
     over = "micro-batch 64 with ZeRO-3 over 8 GPUs"
-    assert f"{over} needs 24.00 GB ({margin}) and fits on a A100 80GB" in sentence(report(stage=3), A100)
+    assert f"{over} needs 24.00 GB ({margin}) and fits on the A100 80GB" in sentence(report(stage=3), A100)
     assert f"taken from the device by the allocator; {margin}" in shown(report(stage=3))
     assert "checkpointing on, losses global + cmli" in shown(report()) and "20,000,000,000" in shown(report())
     assert "checkpointing off, " in shown(report(stage=3))
