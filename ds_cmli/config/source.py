@@ -69,10 +69,9 @@ def export_library(config: Config) -> str | None:
 
 
 class ModelSource:
-    """The files of a source, in a folder or on the hub."""
+    """The files of a source, in a folder or on the hub; `name`: the value of `student.source`."""
 
     def __init__(self, name: str):
-        """`name`: the value of `student.source`."""
         self.name = name
         self.weights: str | None = None
         self.bare_name = name.removeprefix(LOCAL_PREFIX).removeprefix(HUB_PREFIX)

@@ -84,9 +84,7 @@ def build_models(
 def starting_line(settings: StudentConfig, objective: Objective, image_size: int) -> str:
     """Return the line that says what a student with a source starts from."""
     student = objective.student
-    source_config = settings.source_config
-    model_type = source_config.get("model_type", "a run of this package")
-    architecture, *_ = source_config.get("architectures") or [model_type]
+    architecture = settings.source_config.get("model_type", "a run of this package")
     layers = f"{len(student.image.blocks)} + {len(student.text.blocks)} layers"
     line = f"starts from {settings.source}: {architecture}, {layers}, {image_size} px"
     temperatures = [1 / scale for scale in objective.scales().values() if scale]

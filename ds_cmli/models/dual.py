@@ -45,7 +45,6 @@ class DualImage(nn.Module):
     model: Any
 
     def __init__(self, dual: PreTrainedModel, source_config: JsonObject, image_size: int):
-        """`dual`: the model of transformers; `source_config`: as in `StudentConfig`."""
         super().__init__()
         self.model = dual.get_submodule("vision_model")
         self.blocks = list(self.model.encoder.layers)

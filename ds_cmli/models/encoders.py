@@ -16,16 +16,7 @@ import torch
 import transformers
 from timm.models import load_state_dict
 from torch import Tensor, nn
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_FOR_TEXT_ENCODING_MAPPING,
-    MODEL_MAPPING,
-    AutoConfig,
-    PreTrainedConfig,
-    masking_utils,
-)
+from transformers import PreTrainedConfig, masking_utils
 
 from ds_cmli.config.messages import words
 from ds_cmli.errors import nearest
@@ -224,8 +215,8 @@ class TextEncoder(nn.Module):
             raise ValueError(f"data.context_length is {positions}, and it has only {longest}")
         self.width = config.hidden_size
         self.vocab_size = config.vocab_size
-        causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-        causal = causal and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+        causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        causal = causal and type(config) not in transformers.MODEL_FOR_MASKED_LM_MAPPING
         contrastive = config.model_type.endswith("_text_model")  # CLIP's and its like
         self.pooling = "last" if causal or contrastive else "first"
         if "t5" in config.model_type:
@@ -258,7 +249,7 @@ def family(name: str) -> str:
     """Return the architecture that a model's name begins with: "bert-base-uncased" -> "bert"."""
     *_, last_part = name.split("/")
     dashed = last_part.lower().replace("_", "-") + "-"
-    for architecture in sorted(CONFIG_MAPPING, key=len, reverse=True):
+    for architecture in sorted(transformers.CONFIG_MAPPING, key=len, reverse=True):
         if dashed.startswith(architecture.lower().replace("_", "-") + "-"):
             return architecture
     raise ValueError(
@@ -275,9 +266,9 @@ def text_config(
     `layers`, `dropout` and `fields` are as in `TextEncoder`.
     """
     if published:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     else:
-        config = AutoConfig.for_model(name)
+        config = transformers.AutoConfig.for_model(name)
     config = getattr(config, "text_config", None) or config
     config_class = type(config)
     values = config.to_dict()
@@ -343,8 +334,8 @@ def create_text_model(config: PreTrainedConfig, name: str, weights: str) -> Any:
 
 
 def text_model_class(config: PreTrainedConfig) -> Any:
-    encoder_class = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
-    model_class: Any = encoder_class or MODEL_MAPPING.get(type(config), None)
+    encoder_class = transformers.MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
+    model_class: Any = encoder_class or transformers.MODEL_MAPPING.get(type(config), None)
     if model_class is None:  # SigLIP's text model is in neither table
         model_class = getattr(transformers, type(config).__name__.replace("Config", "Model"))
     has_decoder = getattr(config, "is_encoder_decoder", False) and encoder_class is None

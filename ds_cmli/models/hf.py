@@ -17,17 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoProcessor,
-    BatchFeature,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import local_torch_dtype
 from transformers.utils import ModelOutput
@@ -53,7 +44,7 @@ BEST = "model.best.safetensors"
 PREPARATION = ("image_size", "resize", "interpolation", "context_length", "padding")
 
 
-class CMLIConfig(PreTrainedConfig):
+class CMLIConfig(transformers.PreTrainedConfig):
     """All that decides a tensor's shape or a score's value."""
 
     model_type = "ds_cmli"
@@ -80,7 +71,7 @@ class CMLIOutput(ModelOutput):
     token_mask: Tensor | None = None  # bool [J, M], False for special tokens and padding
 
 
-class CMLIModel(PreTrainedModel):
+class CMLIModel(transformers.PreTrainedModel):
     config_class = CMLIConfig
     config: CMLIConfig
     main_input_name = "pixel_values"
@@ -109,7 +100,7 @@ class CMLIModel(PreTrainedModel):
         self.post_init()
         # transformers looks for tied tables one module deep; T5's is three.
         for name, module in self.named_modules():
-            if isinstance(module, PreTrainedModel) and module is not self:
+            if isinstance(module, transformers.PreTrainedModel) and module is not self:
                 for copy, table in module.all_tied_weights_keys.items():
                     self.all_tied_weights_keys[f"{name}.{copy}"] = f"{name}.{table}"
 
@@ -173,14 +164,14 @@ def loss_temperature(name: str) -> nn.ModuleDict:
     return nn.ModuleDict({"temperature": temperature})
 
 
-class CMLIProcessor(ProcessorMixin):
+class CMLIProcessor(transformers.ProcessorMixin):
     """Prepares pictures and texts as training does, to the bit, by those settings of `data`."""
 
     tokenizer_class = "AutoTokenizer"
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: transformers.PreTrainedTokenizerBase | None = None,
         image_size: int = DataConfig.image_size,
         resize: Resize = "crop",
         interpolation: Interpolation = "bicubic",
@@ -205,7 +196,7 @@ class CMLIProcessor(ProcessorMixin):
         padding: bool | str = True,
         truncation: bool = True,
         return_tensors: str = "pt",
-    ) -> BatchFeature:
+    ) -> transformers.BatchFeature:
         """Prepare one or several pictures (files, their content, or in memory), texts, or both.
 
         Returns:
@@ -223,7 +214,7 @@ class CMLIProcessor(ProcessorMixin):
             batch = Collate(self.caption_tokenizer)([Sample(black(0), x, 0, 0) for x in tokens])
             inputs["input_ids"] = batch.input_ids
             inputs["attention_mask"] = batch.attention_mask
-        return BatchFeature(inputs, tensor_type=return_tensors)
+        return transformers.BatchFeature(inputs, tensor_type=return_tensors)
 
 
 def write_config(folder: Path, config: Config, student: Student, words: CaptionTokenizer) -> None:
@@ -278,6 +269,6 @@ def load_model(folder: Path, file: str = WEIGHTS, setting: str = "--checkpoint")
     return model
 
 
-AutoConfig.register(CMLIConfig.model_type, CMLIConfig)
-AutoModel.register(CMLIConfig, CMLIModel)
-AutoProcessor.register(CMLIConfig, CMLIProcessor)
+transformers.AutoConfig.register(CMLIConfig.model_type, CMLIConfig)
+transformers.AutoModel.register(CMLIConfig, CMLIModel)
+transformers.AutoProcessor.register(CMLIConfig, CMLIProcessor)

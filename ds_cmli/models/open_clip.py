@@ -17,14 +17,8 @@ from torch import Tensor, nn
 from ds_cmli.config.schema import StudentConfig
 from ds_cmli.config.source import ModelSource, library_settings
 from ds_cmli.files import JsonObject
+from ds_cmli.models import encoders
 from ds_cmli.models.dual import PairLossStart, ValuePath, copied, linear, resampled_positions
-from ds_cmli.models.encoders import (
-    ATTENTION_DROPOUT,
-    DROPOUT,
-    blocks_of_stages,
-    layers_of,
-    max_text_length,
-)
 from ds_cmli.pretrained import loading
 
 
@@ -32,7 +26,6 @@ class OpenClipImage(nn.Module):
     """The image tower: normalised pixels [B, 3, S, S] -> class token and patches [B, 1 + N, E]."""
 
     def __init__(self, visual: Any, source_config: JsonObject, image_size: int):
-        """`visual`: the library's tower; `source_config`: as in `StudentConfig`."""
         super().__init__()
         self.model = visual
         self.width = source_config["model_cfg"]["embed_dim"]
@@ -52,7 +45,7 @@ class OpenClipImage(nn.Module):
             self.patch, _ = visual.patch_size
             # A norm before the pooling is that of patches too; a CoCa's is as wide as its output.
             self.norm = visual.attn_pool is None and not visual.final_ln_after_pool
-        self.blocks = blocks_of_stages(model, stages)
+        self.blocks = encoders.blocks_of_stages(model, stages)
         self.grid = (image_size // self.patch, image_size // self.patch)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -65,10 +58,7 @@ class OpenClipText(nn.Module):
     """The text tower: int64 [B, M] -> tokens and then the class token, [B, M + 1, E]."""
 
     def __init__(self, text: Any, source_config: JsonObject):
-        """`text`: the library's tower; `source_config`: as in `StudentConfig`.
-
-        Raises ValueError if it is of a kind that cannot give tokens, or too short for the texts.
-        """
+        """Raises ValueError if it is of a kind that cannot give tokens, or too short for texts."""
         super().__init__()
         model_cfg = source_config["model_cfg"]
         self.model = text
@@ -77,8 +67,8 @@ class OpenClipText(nn.Module):
         self.is_transformers = hasattr(text, "pooler")
         if self.is_transformers:
             projection = text.proj
-            self.blocks = layers_of(text.transformer)
-            longest = max_text_length(text.transformer)
+            self.blocks = encoders.layers_of(text.transformer)
+            longest = encoders.max_text_length(text.transformer)
             length = model_cfg["text_cfg"].get("context_length", 0)
             if length > longest:
                 raise ValueError(f"data.context_length is {length}, and it has only {longest}")
@@ -192,7 +182,7 @@ def random_model(source_config: JsonObject, image_size: int) -> Any:
     model_cfg.pop("custom_text", None)
     with TemporaryDirectory() as folder:
         if "text_config" in source_config:  # open_clip reads it by a name
-            no_dropout = dict.fromkeys((*DROPOUT, *ATTENTION_DROPOUT), 0.0)
+            no_dropout = dict.fromkeys((*encoders.DROPOUT, *encoders.ATTENTION_DROPOUT), 0.0)
             fields = source_config["text_config"] | no_dropout
             Path(folder, "config.json").write_text(json.dumps(fields))
             model_cfg["text_cfg"] = model_cfg["text_cfg"] | {"hf_model_name": folder}
