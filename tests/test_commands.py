@@ -31,6 +31,12 @@ def test_a_mistake_is_one_line_and_code_2(error, line, capsys, monkeypatch):
     assert capsys.readouterr().err.strip() == f"error: {line}"
 
 
+@pytest.mark.parametrize("module", ["evaluate", "export", "visualize"])
+def test_a_module_that_is_a_command_prints_its_help(module):
+    done = python("-m", f"ds_cmli.{module}", "--help")
+    assert done.returncode == 0 and done.stdout.startswith("Usage: "), done.stderr
+
+
 @pytest.mark.parametrize(
     "variables, expected",
     [

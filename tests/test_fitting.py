@@ -30,16 +30,28 @@ def settings(folder, **more):
     return {"run": run, "optim": {"steps": 4}}
 
 
-def test_an_error_ends_the_run_and_the_next_call_goes_on(tmp_path, data):
+def test_an_error_ends_the_run_and_the_next_call_goes_on(tmp_path, data, capsys, monkeypatch):
     def broken(step, values):
         if step == 3:
             raise ArithmeticError(step)
 
+    step_losses = []
+
+    def step_and_keep_the_loss(engine, *arguments):
+        losses = take_step(engine, *arguments)
+        step_losses.append(losses[0].total.item())
+        return losses
+
     environment = dict(os.environ)
     logged = {}
+    take_step = TrainEngine.step
+    monkeypatch.setattr(TrainEngine, "step", step_and_keep_the_loss)
     sections = settings(tmp_path / "straight")
     straight = ds_cmli.fit(sections, Path(data), on_log=lambda step, values: logged.setdefault(step, {}).update(values))
     assert os.environ == environment
+    batch = "8 pairs per rank x 1 accumulation x 1 ranks = 8 pairs a step"
+    assert f"batch: {batch}; 4 steps; negatives from 8 pairs" in capsys.readouterr().out
+    assert [values["loss"] for values in logged.values()] == pytest.approx(step_losses)
     assert straight.metrics["step"] == 4 and straight.metrics["loss"] == logged[4]["loss"]
     assert straight.model.embed_texts(["a", "b"]).cls.shape == (2, 32)
     sections = settings(tmp_path / "broken", save_every=2)

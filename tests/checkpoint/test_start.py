@@ -169,6 +169,12 @@ def test_other_settings_are_refused_with_their_differences_unless_asked_for(run,
     assert rates[4:] == pytest.approx([0.002 * OptimConfig().rate(step, 12) for step in range(5, 13)])
 
 
+def test_a_new_run_has_done_nothing():
+    state = vars(TrainState())
+    assert state.pop("sums").shape == (0,)
+    assert {name: value for name, value in state.items() if value} == {"world_size": 1, "accumulation": 1}
+
+
 def test_a_changed_schedule_of_the_json_goes_on_at_the_step_reached(arguments, tmp_path):
     def rates(name: str, last_step: int, *options: str, stop_at: int | None = None) -> list[float]:
         params = {"total_num_steps": last_step, "warmup_num_steps": 2, "warmup_min_lr": 0, "warmup_max_lr": 0.01}

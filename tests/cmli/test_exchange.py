@@ -44,6 +44,8 @@ def bytes_sent(rank: int, world: int) -> dict[str, int]:
         for name in ("_all_gather", "_reduce_scatter"):
             patch.setattr(exchange, name, counted(name, getattr(exchange, name)))
         CMLILoss()(image, text, token_mask).backward()
+    one_token = token_mask & (torch.arange(M) == 0)
+    assert exchange.gather_sizes(B, one_token, text.device) == (1, B)
     assert text.grad[token_mask].any(1).all()
     assert not text.grad[~token_mask].any()
     return sizes

@@ -43,6 +43,7 @@ def test_the_split_and_the_order_by_the_size_and_place_of_the_data():
         images = Images({"source": (source, range(len(source)))})
         return choose_order(images, None, window)[0].window
 
+    assert hold_out("array", range(40), 5).tolist() == [2, 4, 6, 32, 33], "without names, the split is by the index"
     local = hold_out("tars", InShards([500] * 40, is_remote=False), 100)  # the split of small local tars stays
     assert local[:5].tolist() == [254, 366, 410, 503, 821]
     assert order(InShards([10] * 100)) == 64

@@ -4,9 +4,10 @@ from itertools import chain
 from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pytest
 
-from ds_cmli.data.pairs import BadSamples
+from ds_cmli.data.pairs import BadSamples, Images
 from ds_cmli.data.sampler import Draw
 from ds_cmli.errors import UserError
 from tests import make
@@ -94,6 +95,23 @@ def test_captions_are_drawn_by_the_weights_of_their_columns(tmp_path, form):
     assert [long_alone.train[Draw(n, 7)].tokens.text for n in range(20)] == [texts[7] for texts in drawn]
     assert len(opened.evals["val"].rows) == 38
     assert [text for _, text in long_alone.evals["val"].rows] == [f"long {n}" for n in range(20) if n != 1]
+
+
+def test_announced_images_reach_the_sources_that_fetch_them_by_their_numbers_there():
+    def fetching(announced):
+        return SimpleNamespace(prefetch=lambda indices: announced.extend(indices.tolist()))
+
+    whole, part = [], []
+    shares = {"whole": (fetching(whole), range(10)), "local": (object(), range(4))}
+    shares["part"] = fetching(part), np.array([2, 5, 7])
+    Images(shares).prefetch(np.array([1, 15, 12, 9, 16]))
+    assert (whole, part) == ([1, 9], [5, 7])
+
+
+def test_an_image_without_a_caption_of_words_has_an_error_that_says_so():
+    images = Images({"list": (SimpleNamespace(captions=lambda index: ["", None, " \t", ("long", "")]), range(1))})
+    with pytest.raises(ValueError, match="empty caption"):
+        images.captions(0)
 
 
 def test_too_many_bad_samples_end_training_and_the_first_five_are_named():

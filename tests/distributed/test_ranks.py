@@ -82,6 +82,7 @@ def polls(rank, world_size):
 
 def test_a_spaced_flag_is_asked_for_in_few_rounds_and_by_all_ranks_in_the_same():
     decided, second_decided = ranks.run(polls, 2)
+    assert decided[0][0] == 0, "the first round is asked"
     assert decided == second_decided and 3 < len(decided) < 20
     assert all(is_set == (number >= 30) for number, is_set in decided) and decided[-1][1]
 

@@ -1,6 +1,7 @@
 """The training step through the real DeepSpeed engine, in this process, and what is decided before it."""
 
 import json
+import logging
 import math
 import os
 import re
@@ -15,6 +16,8 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.pairs import Batch
 from ds_cmli.engine import plan
+from ds_cmli.engine.build import show_log_of_deepspeed
+from ds_cmli.engine.train_engine import name_means
 from ds_cmli.errors import UserError
 from ds_cmli.hardware import bf16_is_fast
 from ds_cmli.logs import meter as meter_module
@@ -88,6 +91,23 @@ def test_the_flops_of_a_step_are_those_of_its_model(monkeypatch, device, batches
     columns = meter.lap()
     assert columns["tflops"] == pytest.approx(meter.flops / 10 / 1e12, rel=0.2)
     assert columns["mfu"] == pytest.approx(1e6 * columns["tflops"], rel=0.001)
+
+
+def test_a_contrastive_loss_ignores_duplicates_and_a_sigmoid_loss_adds_them_as_positives():
+    columns = {"loss": 3.0, "loss/global_sigmoid": 1.0, "loss/cmli": 2.0, "added_positives": 2, "ignored_negatives": 2}
+    assert name_means([3.0, 1.0, 2.0, 0.25], ("global_sigmoid", "cmli"), num_pairs=8) == columns
+
+
+@pytest.mark.parametrize(
+    ("section", "shown"),
+    [({}, False), ({"comms_logger": {"enabled": False}}, False), ({"comms_logger": {"enabled": True}}, True)],
+)
+def test_deepspeeds_lines_are_shown_if_the_json_asks_for_one_of_its_logs(monkeypatch, section, shown):
+    logger = logging.getLogger("DeepSpeed")
+    for name, value in (("filters", [lambda record: False]), ("handlers", []), ("level", logging.WARNING)):
+        monkeypatch.setattr(logger, name, value)
+    show_log_of_deepspeed(DeepSpeedConfig(section))
+    assert (not logger.filters, logger.level == logging.INFO) == (shown, shown)
 
 
 @pytest.mark.parametrize("gpu, bf16, runs", [(False, True, "bf16"), (False, False, "fp32"), (True, False, "fp16")])

@@ -6,6 +6,7 @@ import resource
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,15 +16,20 @@ from matplotlib.image import imread
 
 from ds_cmli import engine
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.libraries import silence
 from ds_cmli.memory import out_of_memory
 from ds_cmli.memory.categories import TrainingRecorder
+from ds_cmli.memory.command import fit_sentence
 from ds_cmli.memory.inputs import longest_batch
+from ds_cmli.memory.largest_batch import LargestBatch
 from ds_cmli.memory.report import CATEGORIES, PHASES, plot, summarise
 from ds_cmli.memory_model.caching_allocator import Event
 from tests import make
 from tests.ranks import start_ranks
+
+RETRIED = ", only as PyTorch's allocator returns its cache"
 
 ZERO2 = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 100_000}}
 
@@ -70,6 +76,27 @@ def test_peaks_and_categories_by_hand():
     assert figures.totals == {"requested": 210}
     # Blocks that lived when a phase began count: backward starts at 130 and reaches 150.
     assert figures.phases == {"init": 100, "forward": 180, "loss": 0, "backward": 150, "optimizer": 210}
+
+
+@pytest.mark.parametrize(
+    ("size", "retries", "answer"),
+    [
+        (0, 0, "does not fit in 1.00 GB: one pair needs 1.20 GB"),
+        (8, 0, "fits in 1.00 GB with micro-batch 8; 9 needs 1.10 GB"),
+        (9, 1, f"fits in 1.00 GB with micro-batch 9{RETRIED} (1 retry)"),
+        (9, 2, f"fits in 1.00 GB with micro-batch 9{RETRIED} (2 retries)"),
+    ],
+)
+def test_a_sentence_says_what_fits_and_what_one_pair_more_needs(size, retries, answer):
+    report = SimpleNamespace(retries=retries, margin="")
+    assert fit_sentence(LargestBatch(size, report, {1: 1_200_000_000, 9: 1_100_000_000}), 10**9) == answer
+
+
+@pytest.mark.parametrize(("padding", "last"), [("full", True), ("longest", False)])
+def test_the_first_text_of_the_largest_batch_lacks_a_token_and_the_others_are_full(padding, last):
+    batch = longest_batch(load_preset("tiny", {"data": {"padding": padding}}), 2, positions=6)
+    assert batch.attention_mask.tolist() == [[True] * 5 + [last], [True] * 6]
+    assert batch.token_mask.tolist() == [[False, *[True] * 3, False, False], [False, *[True] * 4, False]]
 
 
 def test_what_forward_leaves_and_the_losses_free_is_no_temporary():
