@@ -66,7 +66,10 @@ def build_data(config: DataConfig, seed: int) -> Data:
             raise UserError(f"data.source is {name!r}, which has no training part")
         source = parts["train"]
         check_left_out(name, source, config.max_bad_share)
-        indices = train_indices(source, held_out.get(name))
+        indices: Sequence[int] = range(len(source))
+        held_out_source, held_out_indices = held_out.get(name, (None, ()))
+        if held_out_source is source:
+            indices = AllBut(len(source), np.asarray(held_out_indices))
         train[name] = source, indices
         weight = weights_by_name.get(name)
         weight_text = f", {weight:g} of the mixture" if weight else ""
@@ -106,15 +109,6 @@ def check_left_out(name: str, source: Source, max_share: float) -> None:
     if left_out > max_share * num_images:
         problem = f"{left_out} of the {num_images} images of {name} have no caption"
         raise UserError(f"{problem}, more than data.max_bad_share = {max_share}")
-
-
-def train_indices(source: Source, held_out: Share | None) -> Sequence[int]:
-    """Return the images of a source that are not held out."""
-    if held_out is not None:
-        held_out_source, indices = held_out
-        if held_out_source is source:
-            return AllBut(len(source), np.asarray(indices))
-    return range(len(source))
 
 
 def check_columns(name: str, source: Source, weights: Mapping[str, float]) -> None:

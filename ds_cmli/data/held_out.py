@@ -68,11 +68,10 @@ def hold_out(name: str, source: Source, wanted: float | None) -> np.ndarray:
 
 
 def from_few_shards(sizes: np.ndarray, count: int) -> np.ndarray:
-    """Return `count` images, int64 in their order, of `HELD_OUT_SHARDS` random shards, or of more
-    if these have less than twice as many. They are always the same.
+    """Return `count` images, int64 in their order, of shards of the sizes [S].
 
-    Args:
-        sizes: int64 [S], the number of images in each shard.
+    The shards are `HELD_OUT_SHARDS` random ones, always the same, or more if these have less than
+    twice as many images.
     """
     order = permutation(len(sizes), 0).numpy()
     num_enough = int(np.searchsorted(np.cumsum(sizes[order]), 2 * count)) + 1

@@ -154,7 +154,7 @@ def test_the_fetching_process_ends_with_its_rank_and_forgets_what_a_killed_one_l
     cache = cache_of()
     (cache.folder / "x.part").touch()
     (cache.requests / "x.failed").touch()
-    processes = multiprocessing.get_context("spawn")
+    processes = multiprocessing.get_context("fork")
     copies = processes.Queue()
     rank = processes.Process(target=read_and_wait, args=(f"{server.url}/3.tar", copies))
     rank.start()

@@ -9,7 +9,7 @@ file's position.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -19,10 +19,10 @@ PART_OF_SPLIT |= dict.fromkeys(("validation", "valid", "val"), "validation")
 
 # The usual names of the columns of images and of captions.
 IMAGE_FILE_COLUMNS = ["filepath", "file_name", "filename", "image", "image_path", "img", "path"]
-IMAGE_COLUMNS = {*IMAGE_FILE_COLUMNS, "jpg", "png", "image_bytes", "bytes"}
-CAPTION_COLUMNS = {"title", "caption", "captions", "text", "sentences"}
-IMAGE_SETTING = "data.image_key (--csv-img-key)"
-CAPTION_SETTING = "data.caption_key (--csv-caption-key)"
+USUAL_COLUMNS = {
+    "image": {*IMAGE_FILE_COLUMNS, "jpg", "png", "image_bytes", "bytes"},
+    "caption": {"title", "caption", "captions", "text", "sentences"},
+}
 
 # The text, or if `data.caption_weights` is given: the column or key, and the text.
 Caption = str | tuple[str, str]
@@ -76,12 +76,13 @@ def captions_by_column(row: Mapping[str, Any], columns: Iterable[str]) -> list[t
     return captions
 
 
-def find_column(columns: Iterable[str], usual: set[str], setting: str) -> str:
+def find_column(columns: Iterable[str], kind: Literal["image", "caption"]) -> str:
     """Return the only column that has a usual name. Raises `ValueError`, naming the setting."""
-    names = [name for name in columns if name.lower() in usual]
+    names = [name for name in columns if name.lower() in USUAL_COLUMNS[kind]]
     # The names of Hugging Face's imagefolder come before others.
     names = [name for name in names if name in ("file_name", "text")] or names
     if len(names) != 1:
+        setting = f"data.{kind}_key (--csv-{'img' if kind == 'image' else kind}-key)"
         need = f"give {setting}; columns are separated by tabs or commas"
         raise ValueError(f"the columns are {', '.join(columns)}: {need}")
     return names[0]

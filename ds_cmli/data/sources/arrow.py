@@ -3,15 +3,11 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.images import read_image_file
 from ds_cmli.data.sources import (
-    CAPTION_COLUMNS,
-    CAPTION_SETTING,
-    IMAGE_COLUMNS,
-    IMAGE_SETTING,
     PART_OF_SPLIT,
     Caption,
     Source,
@@ -78,11 +74,11 @@ class ArrowRows:
                 image_columns.append(name)
             elif "string" in dtype:
                 text_columns.append(name)
-        self.image_key = config.image_key or _only(image_columns, IMAGE_COLUMNS, IMAGE_SETTING)
+        self.image_key = config.image_key or _only(image_columns, "image")
         self.caption_weights = config.caption_weights
         self.caption_keys = list(self.caption_weights or filter(None, [config.caption_key]))
         if not self.caption_keys:
-            self.caption_keys = [_only(text_columns, CAPTION_COLUMNS, CAPTION_SETTING)]
+            self.caption_keys = [_only(text_columns, "caption")]
         self.images = dataset.select_columns([self.image_key]).with_format(None)
         self.texts = dataset.select_columns(self.caption_keys).with_format(None)
 
@@ -111,6 +107,6 @@ class ArrowRows:
         return {"images": len(self), "columns": self.columns, "bytes": num_bytes}
 
 
-def _only(columns: list[str], usual: set[str], setting: str) -> str:
+def _only(columns: list[str], kind: Literal["image", "caption"]) -> str:
     """Return the only column of a type, or of several the one of a usual name."""
-    return columns[0] if len(columns) == 1 else find_column(columns, usual, setting)
+    return columns[0] if len(columns) == 1 else find_column(columns, kind)

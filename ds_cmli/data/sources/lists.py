@@ -15,16 +15,7 @@ import numpy as np
 
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.images import read_image_file
-from ds_cmli.data.sources import (
-    CAPTION_COLUMNS,
-    CAPTION_SETTING,
-    IMAGE_COLUMNS,
-    IMAGE_SETTING,
-    PART_OF_SPLIT,
-    Caption,
-    Source,
-    find_column,
-)
+from ds_cmli.data.sources import PART_OF_SPLIT, Caption, Source, find_column
 from ds_cmli.errors import UserError, blame, nearest, one_line
 
 METADATA = ("metadata.csv", "metadata.jsonl")
@@ -175,9 +166,9 @@ def _read_table(path: Path, config: DataConfig) -> Rows:
             for row in rows:
                 if isinstance(rows, csv.DictReader) and (None in row or None in row.values()):
                     raise ValueError("not as many cells as line 1 has: put texts in quotes")
-                image_key = image_key or find_column(row, IMAGE_COLUMNS, IMAGE_SETTING)
+                image_key = image_key or find_column(row, "image")
                 if not caption_keys:
-                    caption_keys = [find_column(row, CAPTION_COLUMNS, CAPTION_SETTING)]
+                    caption_keys = [find_column(row, "caption")]
                 columns = list(getattr(rows, "fieldnames", ()))
                 for key in (image_key, *caption_keys):
                     # A line of JSON may lack some of the weighted columns.

@@ -41,9 +41,8 @@ class Shards:
         self.config = config
         self.shard_sizes = np.array(num_samples, np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
-        self.opened = OrderedDict[
-            int, tuple[int, np.ndarray]
-        ]()  # shard -> what `open_shard` returned, by last use
+        # Shard -> what `open_shard` returned, by last use.
+        self.opened = OrderedDict[int, tuple[int, np.ndarray]]()
 
     def __len__(self) -> int:
         return int(self.starts[-1])
