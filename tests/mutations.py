@@ -140,7 +140,7 @@ ROWS = (
     ("data-special-tokens", "data/tokens.py", "test_tokens_are_those_of_the_caption_without_special_ones_and_padding",
      "valid = [[-not added and token not in self.special_ids-]{+True+} for token, added in tokens]"),
     ("data-held-out", "data/build.py", "test_a_share_is_held_out_by_name_whatever_the_order",
-     "return [-AllBut(len(source), np.asarray(indices))-]{+range(len(source))+}"),
+     "indices = [-AllBut(len(source), np.asarray(held_out_indices))-]{+range(len(source))+}"),
     ("data-bad", "data/pairs.py", "test_a_broken_image_is_a_bad_sample_and_replaced_by_the_next",
      "return replace(sample, index=[-index, bad=bad[0] if bad else None-]{+index+})"),
     # Models: padding that is seen, a class token among the patches, targets without their norm, a grid on its side.
