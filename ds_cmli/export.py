@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from PIL import Image
 
 from ds_cmli.commands import run_command
 from ds_cmli.config.registry import plugin_option
@@ -18,7 +19,6 @@ from ds_cmli.config.schema import Config, load_config
 from ds_cmli.config.source import (
     LOCAL_PREFIX,
     OPEN_CLIP_CONFIG,
-    PILLOW,
     RUN,
     ModelSource,
     temperature_loss,
@@ -210,8 +210,11 @@ def write_transformers(folder: Path, config: Config) -> Any:
     from transformers import CONFIG_MAPPING, AutoModel, CLIPImageProcessor, SiglipImageProcessor
 
     fields: JsonObject = json.loads(json.dumps(config.student.source_config))
-    mean = fields.pop("mean")
-    std = fields.pop("std")
+    options: JsonObject = {
+        "image_mean": fields.pop("mean"),
+        "image_std": fields.pop("std"),
+        "resample": Image.Resampling[config.data.interpolation.upper()],
+    }
     library_config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
     with torch.device("meta"):
         model = AutoModel.from_config(library_config)
@@ -220,18 +223,10 @@ def write_transformers(folder: Path, config: Config) -> Any:
     library_config.save_pretrained(folder)
     side = config.data.image_size
     square = {"height": side, "width": side}
-    numbers = {name: number for number, name in PILLOW.items()}
-    options: JsonObject = {
-        "image_mean": mean,
-        "image_std": std,
-        "resample": numbers[config.data.interpolation],
-    }
+    processor: Any = SiglipImageProcessor(size=square, **options)
     if config.data.resize == "shortest":
-        processor: Any = CLIPImageProcessor(
-            size={"shortest_edge": side}, crop_size=square, **options
-        )
-    else:
-        processor = SiglipImageProcessor(size=square, **options)
+        sizes = {"size": {"shortest_edge": side}, "crop_size": square}
+        processor = CLIPImageProcessor(**sizes, **options)
     processor.save_pretrained(folder)
     return model
 

@@ -174,9 +174,7 @@ class Run:
     def _evaluate_splits(self, suffix: str, can_be_best: bool) -> None:
         """Evaluate every held-out split with the current weights, and log the results. Collectives.
 
-        Args:
-            suffix: added to each split's name in the log.
-            can_be_best: whether the result can become the best of the run.
+        `suffix`: added to each split's name in the log.
         """
         settings = self.config.run
         state = self.state

@@ -247,13 +247,10 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
 
     settings = run.config.run
     state = run.state
+    data = run.data
     workers = run.config.data.workers
     loading = loader(
-        run.data.train,
-        run.data.collate,
-        workers,
-        preemption.block_signals,
-        batch_sampler=run.sampler,
+        data.train, data.collate, workers, preemption.block_signals, batch_sampler=run.sampler
     )
     batches = iter(loading)
     save_due = state.step == run.total_steps  # the run was stopped in its last evaluation

@@ -62,21 +62,16 @@ def pairs(
     folder: Path, count: int = 24, broken: Sequence[int] = (), empty: Sequence[int] = (), column: str = "text"
 ) -> str:
     """Write pictures with a table of captions, those of some numbers damaged, and return the folder."""
-    pictures(folder, *(f"{number}.png" for number in range(count)))
-    lines = []
-    for number in range(count):
-        if number in broken:
-            (folder / f"{number}.png").write_bytes(b"not a picture")
-        text = "" if number in empty else f"a red square {number}"
-        lines.append(json.dumps({"file_name": f"{number}.png", column: text}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    captioned(folder, [["" if number in empty else f"a red square {number}"] for number in range(count)], column)
+    for number in broken:
+        (folder / f"{number}.png").write_bytes(b"not a picture")
     return str(folder)
 
 
-def captioned(folder: Path, captions: Sequence[Sequence[str]]) -> str:
+def captioned(folder: Path, captions: Sequence[Sequence[str]], column: str = "text") -> str:
     """Write pictures 0.png, 1.png, ... and a table of their captions, and return the folder."""
     pictures(folder, *(f"{number}.png" for number in range(len(captions))))
-    rows = [{"file_name": f"{number}.png", "text": text} for number, texts in enumerate(captions) for text in texts]
+    rows = [{"file_name": f"{number}.png", column: text} for number, texts in enumerate(captions) for text in texts]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder)
 

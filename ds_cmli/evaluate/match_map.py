@@ -38,7 +38,8 @@ def sheet(image: Tensor, text: str, match: Match) -> Image.Image:
     pen = ImageDraw.Draw(out)
 
     def write(x: int, y: int, line: str, max_width: int) -> None:
-        font = fitting_font(line, max_width)
+        excess = load_font(FONT_SIZE).getlength(line) / max_width
+        font = load_font(FONT_SIZE / max(excess, 1))
         pen.text((x, y + FONT_SIZE), line, "black", font, anchor="ls")  # on its baseline
 
     for number, line in enumerate(lines):
@@ -50,12 +51,6 @@ def sheet(image: Tensor, text: str, match: Match) -> Image.Image:
         write(x, y, word, TILE)
         out.paste(Image.fromarray(pixels.byte().permute(1, 2, 0).numpy()), (x, y + LINE))
     return out
-
-
-def fitting_font(line: str, max_width: int) -> FreeTypeFont:
-    font = load_font(FONT_SIZE)
-    excess = font.getlength(line) / max_width
-    return font if excess <= 1 else load_font(FONT_SIZE / excess)
 
 
 @cache
