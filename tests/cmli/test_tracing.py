@@ -14,49 +14,43 @@ TEXT = torch.randn(3, 6, 8, generator=GENERATOR)
 MASK = torch.arange(6) < torch.tensor([[2], [6], [0]])
 
 
-class Scores(nn.Module):
-    """Both score matrices of projected features, as one tensor."""
+class Compared(nn.Module):
+    """Projected features, compared by a function or a loss."""
 
-    def __init__(self):
+    def __init__(self, compare):
         super().__init__()
         torch.manual_seed(0)
         self.projection = nn.Linear(8, 8)
+        self.compare = compare
 
     def forward(self, image, text, mask):
-        s_i2t, s_t2i = cmli_scores(self.projection(image), self.projection(text), mask)
-        return torch.stack([s_i2t, s_t2i])
+        return self.compare(self.projection(image), self.projection(text), mask)
 
 
-class Loss(Scores):
-    def __init__(self):
-        super().__init__()
-        self.loss = CMLILoss()
-
-    def forward(self, image, text, mask):
-        return self.loss(self.projection(image), self.projection(text), mask)
+def scores(*sides) -> torch.Tensor:
+    return torch.stack(cmli_scores(*sides))
 
 
-def with_gradient(module, weight) -> tuple[torch.Tensor, torch.Tensor]:
+MODULES = [Compared(scores), Compared(CMLILoss())]
+
+
+def with_gradient(module) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the module's output, and the gradient of the sum of its squares."""
     out = module(IMAGE, TEXT, MASK)
-    (gradient,) = torch.autograd.grad(out.square().sum(), weight)
+    (gradient,) = torch.autograd.grad(out.square().sum(), module.projection.weight)
     return out, gradient
 
 
-@pytest.mark.parametrize("kind", [Scores, Loss])
-def test_an_exported_program_computes_and_trains_as_the_module(kind):
-    module = kind()
+@pytest.mark.parametrize("module", MODULES, ids=["scores", "loss"])
+def test_an_exported_program_computes_and_trains_as_the_module(module):
     exported = torch.export.export(module, (IMAGE, TEXT, MASK), strict=False).module()
-    weight = dict(exported.named_parameters())["projection.weight"]
-    expected = with_gradient(module, module.projection.weight)
-    assert_close(with_gradient(exported, weight), expected, rtol=1e-5, atol=1e-4)  # sums in another order
+    # Sums are in another order.
+    assert_close(with_gradient(exported), with_gradient(module), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [Scores, Loss])
+@pytest.mark.parametrize("module", MODULES, ids=["scores", "loss"])
 @pytest.mark.parametrize("mode", ["real", "fake"])
-def test_make_fx_records_scores_losses_and_their_gradients(kind, mode):
-    module = kind()
-
+def test_make_fx_records_scores_losses_and_their_gradients(module, mode):
     def gradient(image, text, mask):
         image = image.detach().requires_grad_()
         out = module(image, text, mask)
@@ -68,13 +62,11 @@ def test_make_fx_records_scores_losses_and_their_gradients(kind, mode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, without_a_break", [(Scores, True), (Loss, False)])
-def test_a_compiled_module_computes_and_trains(kind, without_a_break):
-    module = kind()
+@pytest.mark.parametrize("module, without_a_break", [(MODULES[0], True), (MODULES[1], False)], ids=["scores", "loss"])
+def test_a_compiled_module_computes_and_trains(module, without_a_break):
     torch._dynamo.reset()
     compiled = torch.compile(module, backend="aot_eager", fullgraph=without_a_break)
-    weight = module.projection.weight
-    assert_close(with_gradient(compiled, weight), with_gradient(module, weight))
+    assert_close(with_gradient(compiled), with_gradient(module))
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

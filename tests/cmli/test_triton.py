@@ -21,49 +21,39 @@ from ds_cmli.cmli import cmli_scores, op, triton_backward, triton_forward  # noq
 
 # KB that a block may use (CUDA C++ Programming Guide).
 SHARED = {80: 163, 86: 99, 90: 227, 100: 227}
-CASES = [(80, torch.bfloat16), (90, torch.float16)]
+QUICK = [(80, torch.bfloat16), (90, torch.float16)]
 SLOW = [(86, torch.float16), (90, torch.bfloat16), (90, torch.float32), (100, torch.bfloat16)]
-CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
 STARTED = {triton_forward: ["forward_kernel", "combine_kernel"], triton_backward: ["gradient_kernel"]}
 SPILLS = {(90, torch.bfloat16): 48} | {(100, torch.bfloat16): 512}  # bytes; sm_100 is new
-# Compute capability, and bytes that a block may use.
-A100 = ((8, 0), SHARED[80] * 1024)
-A10 = ((8, 6), SHARED[86] * 1024)
-H100 = ((9, 0), SHARED[90] * 1024)
 PRODUCTS = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
-@pytest.fixture
-def kernels_for(monkeypatch):
-    """A function of a target that has the kernels compiled for it, and not started; the list that they come into."""
+def compile_kernels_for(target: int, monkeypatch) -> list:
+    """Have kernels compiled for a target, and not started, from now on. Return the list that they come into."""
+    kernels: list = []
+    gpu = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", target, 32),
+        get_current_device=lambda: target,
+        get_current_stream=lambda device: 0,
+    )
+    monkeypatch.setattr(triton.runtime.driver, "_active", gpu)
 
-    def compile_for(target: int) -> list:
-        kernels: list = []
-        gpu = SimpleNamespace(
-            get_current_target=lambda: GPUTarget("cuda", target, 32),
-            get_current_device=lambda: target,
-            get_current_stream=lambda device: 0,
-        )
-        monkeypatch.setattr(triton.runtime.driver, "_active", gpu)
+    class CompiledOnly:
+        def __init__(self, kernel):
+            self.kernel = kernel
 
-        class CompiledOnly:
-            def __init__(self, kernel):
-                self.kernel = kernel
+        def __getitem__(self, grid):
+            def compile_kernel(*arguments, **options):
+                kernels.append(self.kernel.warmup(*arguments, grid=grid, **options))
 
-            def __getitem__(self, grid):
-                def compile_kernel(*arguments, **options):
-                    kernels.append(self.kernel.warmup(*arguments, grid=grid, **options))
+            return compile_kernel
 
-                return compile_kernel
-
-        monkeypatch.setattr(op, "INTERPRETED", True)  # the features are on a CPU
-        for module, names in STARTED.items():
-            monkeypatch.setattr(module, "device_limits", lambda _: (divmod(target, 10), SHARED[target] * 1024))
-            for name in names:
-                monkeypatch.setattr(module, name, CompiledOnly(getattr(module, name)))
-        return kernels
-
-    return compile_for
+    monkeypatch.setattr(op, "INTERPRETED", True)  # the features are on a CPU
+    for module, names in STARTED.items():
+        monkeypatch.setattr(module, "device_limits", lambda _: (divmod(target, 10), SHARED[target] * 1024))
+        for name in names:
+            monkeypatch.setattr(module, name, CompiledOnly(getattr(module, name)))
+    return kernels
 
 
 def spilled(kernel, file: Path) -> int:
@@ -82,11 +72,12 @@ def test_triton_interpreted():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("target, dtype", CASES)
-def test_kernels_fit_and_use_tensor_cores(kernels_for, tmp_path, target, dtype):
-    if triton_forward.why_not_capability(divmod(target, 10)) is not None:
-        pytest.skip(triton_forward.why_not_capability(divmod(target, 10)))
-    kernels = kernels_for(target)
+@pytest.mark.parametrize("target, dtype", [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
+def test_kernels_fit_and_use_tensor_cores(monkeypatch, tmp_path, target, dtype):
+    why_not = triton_forward.why_not_capability(divmod(target, 10))
+    if why_not is not None:
+        pytest.skip(why_not)
+    kernels = compile_kernels_for(target, monkeypatch)
     image, text = (torch.ones(3, length, 256, dtype=dtype, requires_grad=True) for length in (196, 63))
     sum(map(torch.sum, cmli_scores(image, text, torch.ones(3, 63, dtype=torch.bool), backend="triton"))).backward()
     assert len(kernels) >= 4
@@ -100,19 +91,19 @@ def test_kernels_fit_and_use_tensor_cores(kernels_for, tmp_path, target, dtype):
 
 
 @pytest.mark.parametrize(
-    "D, dtype, gpu, tiles",
+    "D, dtype, target, tiles",
     [
         # 256 patches of 256 features are resident; texts of 64 tokens have registers enough from sm_90 on.
-        (256, torch.float16, A100, (256, (16, 32), 256, 8, 2)),
-        (256, torch.bfloat16, H100, (256, (16, 32, 64), 256, 8, 2)),
-        (256, torch.float16, A10, (128, (16, 32, 64), 256, 8, 2)),
+        (256, torch.float16, 80, (256, (16, 32), 256, 8, 2)),
+        (256, torch.bfloat16, 90, (256, (16, 32, 64), 256, 8, 2)),
+        (256, torch.float16, 86, (128, (16, 32, 64), 256, 8, 2)),
         # More features are taken 64 at a time, fp32 16 at a time.
-        (512, torch.float16, A100, (128, (16, 32, 64), 64, 8, 3)),
-        (512, torch.float32, H100, (128, (16, 32), 16, 8, 3)),
+        (512, torch.float16, 80, (128, (16, 32, 64), 64, 8, 3)),
+        (512, torch.float32, 90, (128, (16, 32), 16, 8, 3)),
     ],
 )
-def test_tiles_are_those_that_were_chosen_by_their_compiled_kernels(D, dtype, gpu, tiles):
-    assert triton_forward.forward_tiles(196, 64, D, dtype, *gpu) == tiles
+def test_tiles_are_those_that_were_chosen_by_their_compiled_kernels(D, dtype, target, tiles):
+    assert triton_forward.forward_tiles(196, 64, D, dtype, divmod(target, 10), SHARED[target] * 1024) == tiles
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,6 @@ def test_five_steps_with_each_shipped_json(device, batches, path):
 
 
 def test_activation_checkpointing_changes_memory_and_no_bit_of_the_loss(device, batches):
-
     def losses_and_peak(section: dict) -> tuple[list[float], int]:
         content = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 100_000}, **section}
         train_engine = make.train_engine(device, content, student={"shared_blocks": 2, "dropout": 0.1})

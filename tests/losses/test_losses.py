@@ -1,5 +1,8 @@
 """The losses of a training step against the equations in loops; (7), (9) and (10) by hand."""
 
+from collections.abc import Sequence
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,55 +36,44 @@ def trained(device, folder, losses=LOSSES):
     return engine, make.batches(make.data_of(make.config(**sections)), len(CAPTIONS), 1)[0]
 
 
-class Pairs:
-    """The features of a batch in fp64, each text with its valid tokens alone."""
+@torch.no_grad()
+def expected_losses(engine, batch) -> dict[str, float]:
+    """Pairs with the same caption are no negatives, and positives of the sigmoid losses."""
+    student = engine.objective.student
+    features = student(batch.image, batch.input_ids, batch.attention_mask)
+    image_cls, patches, text_cls, tokens = (x.double() for x in features)
+    targets = engine.teacher(batch.image)
+    teacher_cls = targets.cls.double()
+    duplicates = torch.tensor([[one == other for other in CAPTIONS] for one in CAPTIONS])
+    duplicates.fill_diagonal_(False)
 
-    @torch.no_grad()
-    def __init__(self, engine, batch):
-        student = engine.objective.student
-        image_cls, patches, text_cls, tokens = student(batch.image, batch.input_ids, batch.attention_mask)
-        targets = engine.teacher(batch.image)
-        self.image_cls = image_cls.double()
-        self.text_cls = text_cls.double()
-        self.patches = list(patches.double())
-        self.tokens = [t[mask].double() for t, mask in zip(tokens, batch.token_mask, strict=True)]
-        self.teacher_cls = targets.cls.double()
-        self.teacher = list(targets.patches.double())
-        self.project = lambda f: F.normalize(student.projection(f.float()).double(), dim=-1)
-        self.cmli = cmli_scores_reference(self.project(patches), self.project(tokens), batch.token_mask)
-        self.cosines = [F.normalize(self.image_cls, dim=-1) @ F.normalize(self.text_cls, dim=-1).t()] * 2
+    def project(f: Tensor) -> Tensor:
+        return F.normalize(student.projection(f.float()).double(), dim=-1)
 
-    def target_cmli(self) -> float:
-        """(5) to (10)."""
-        image = text = 0.0
-        for patches, tokens, teacher in zip(self.patches, self.tokens, self.teacher, strict=True):
-            image += (patches - teacher).square().mean().item()
-            match = (self.project(tokens) @ self.project(teacher).t()).argmax(1)
-            text += (tokens - teacher[match]).square().mean().item()
-        return (image + text) / len(self.tokens) / 2
+    def loss(scores: Sequence[Tensor], temperature: float, *bias: float) -> float:
+        return pair_loss_reference(*scores, torch.tensor([1 / temperature, *bias]), duplicates).item()
 
-    def expected(self) -> dict[str, float]:
-        """Pairs with the same caption are no negatives, and positives of the sigmoid losses."""
-        duplicates = torch.tensor([[one == other for other in CAPTIONS] for one in CAPTIONS])
-        duplicates.fill_diagonal_(False)
-
-        def loss(scores: tuple[Tensor, Tensor], temperature: float, *bias: float) -> float:
-            return pair_loss_reference(*scores, torch.tensor([1 / temperature, *bias]), duplicates).item()
-
-        return {
-            "global": loss(self.cosines, 0.07),
-            "cmli": loss(self.cmli, 0.02),
-            "target_cmli": self.target_cmli(),
-            "cls_kd": sum((x - self.teacher_cls).square().mean().item() for x in (self.image_cls, self.text_cls)) / 2,
-            "global_sigmoid": loss(self.cosines, 0.1, -10.0),
-            "cmli_sigmoid": loss(self.cmli, 0.02, -14.0),
-        }
+    distance = 0.0  # (5) to (10), of each text's valid tokens alone
+    for image, text, mask, teacher in zip(patches, tokens, batch.token_mask, targets.patches.double(), strict=True):
+        match = (project(text[mask]) @ project(teacher).t()).argmax(1)
+        distance += (image - teacher).square().mean().item()
+        distance += (text[mask] - teacher[match]).square().mean().item()
+    cmli = cmli_scores_reference(project(patches), project(tokens), batch.token_mask)
+    cosines = [F.normalize(image_cls, dim=-1) @ F.normalize(text_cls, dim=-1).t()] * 2
+    return {
+        "global": loss(cosines, 0.07),
+        "cmli": loss(cmli, 0.02),
+        "target_cmli": distance / len(CAPTIONS) / 2,
+        "cls_kd": sum((x - teacher_cls).square().mean().item() for x in (image_cls, text_cls)) / 2,
+        "global_sigmoid": loss(cosines, 0.1, -10.0),
+        "cmli_sigmoid": loss(cmli, 0.02, -14.0),
+    }
 
 
 @pytest.fixture(scope="module")
 def first_step(device, tmp_path_factory):
     engine, batch = trained(device, tmp_path_factory.mktemp("data") / "pairs")
-    expected = Pairs(engine, batch).expected()
+    expected = expected_losses(engine, batch)
     before = {name: p.detach().clone() for name, p in engine.objective.named_parameters()}
     return engine, expected, before, make.step(engine, [batch])
 
@@ -107,16 +99,12 @@ def test_target_cmli_alone_never_trains_the_projection(device, tmp_path):
     assert gradients["student.image_out.weight"].any() and gradients["student.text_out.weight"].any()
 
 
-class Same:
-    """A student whose projection changes nothing."""
-
-    projection = nn.Identity()
-
-
-def by_hand(head=None, targets=None, **settings) -> float:
+def target_cmli(head=None, teacher_patches=TEACHER, **settings) -> float:
+    """Return the loss with a student whose projection changes nothing."""
     features = Features(PATCHES[:, 0], PATCHES, TOKENS[:, 0], TOKENS, MASK)
-    loss = TargetCMLI(LossConfig(**settings), None)
-    return loss(features, targets or Targets(TEACHER[:, 0], TEACHER), Same(), head).item()
+    student = SimpleNamespace(projection=nn.Identity())
+    targets = Targets(teacher_patches[:, 0], teacher_patches)
+    return TargetCMLI(LossConfig(**settings), student)(features, targets, student, head).item()
 
 
 def test_each_token_matches_its_most_similar_patch_and_a_tie_the_first():
@@ -132,12 +120,12 @@ def test_target_cmli_by_hand(reduction, H, image_weight, text_weight):
     # (9): of tokens and their matches 4 and 2, a mean over two tokens; and 4, over one.
     text = ((4 + 2) / 2 + 4) / 2 / H
     settings = {"target_image_weight": image_weight, "target_text_weight": text_weight, "mse_reduction": reduction}
-    assert by_hand(**settings) == pytest.approx((image_weight * image + text_weight * text) / 2)
+    assert target_cmli(**settings) == pytest.approx((image_weight * image + text_weight * text) / 2)
 
 
 def test_a_wider_teacher_is_reached_by_an_orthonormal_head():
     torch.manual_seed(0)
     head = WidthHead(2, 5)
     assert torch.allclose(head(head(PATCHES), back=True), PATCHES, atol=1e-6)
-    wide = Targets(head(TEACHER[:, 0]), head(TEACHER))
-    assert by_hand(head, wide, mse_reduction="sum") == pytest.approx(by_hand(mse_reduction="sum"), rel=1e-5)
+    expected = target_cmli(mse_reduction="sum")
+    assert target_cmli(head, head(TEACHER), mse_reduction="sum") == pytest.approx(expected, rel=1e-5)

@@ -4,7 +4,6 @@ import json
 import re
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,22 +53,6 @@ def test_scores_and_gradients_are_the_reference_s(scores):
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
-def test_a_gpus_bytes_are_the_requested_ones_of_the_call(monkeypatch):
-    """By a history that names other actions too, of the second GPU."""
-    calls = []
-    sizes = {"alloc": 500, "segment_alloc": 2**20, "free_requested": 300, "free_completed": 300}
-    trace = [{"action": action, "size": size} for action, size in sizes.items()]
-    history = SimpleNamespace(
-        _record_memory_history=lambda enabled="all", **_: calls.append(enabled),
-        _snapshot=lambda: {"device_traces": [[], trace]},
-    )
-    monkeypatch.setattr(torch.cuda, "memory", history)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("finished"))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert ways.cuda_sizes(lambda: calls.append("called")) == [500, -300]
-    assert calls == ["all", "called", "finished", None]
-
-
 def test_matches_and_global_losses_agree():
     # Products of small integers are exact in fp16, and no two patches of an image are equally good.
     patches = torch.eye(9, 16).half().expand(2, 9, 16)
@@ -90,7 +73,7 @@ def test_matches_and_global_losses_agree():
 
 @pytest.fixture(scope="module")
 def warm():
-    """Workspaces that libraries take once."""
+    """Libraries have taken the workspaces that they take once."""
     for implementation in ways.implementations(Setting(2, 1, 4, 4, 8, 8)).values():
         list(ways.run(implementation, "cpu", backward=True))
 
@@ -132,11 +115,9 @@ def test_the_command_measures_what_it_predicts(tmp_path):
         assert row["measured_bytes"] == row["predicted_bytes"] == row["corrected_bytes"]
         assert row["measured_on"] == "CPU allocator, forward", "no gradient passes a match"
     assert [row["measured_bytes"] for row in rows[:2]] == [98_304_000, 768_000]
-    first, second, *_ = (tmp_path / "page").read_text().split("\n- ")[1:]
-    assert first.startswith("E3: from the estimates of GPU memory in a draft of Tim Cares' Master's thesis (2024)")
-    assert "96 image-text pairs on each of 2 GPUs. Do they hold" in first
-    assert second.startswith("E3, Target-CMLI: the estimate is 1.64 GB; 128 times too much")
-    assert "| E3 |" in (tmp_path / "page").read_text() and "| E3 broadcast | 0.098 |" in (tmp_path / "page").read_text()
+    page = (tmp_path / "page").read_text()
+    assert "\n- E3, Target-CMLI: the estimate is 1.64 GB; 128 times too much" in page
+    assert "| E3 |" in page and "| E3 broadcast | 0.098 |" in page
     trials = done.stderr.splitlines()
     assert trials[0] == "trial 1 of 3: E3 broadcast"
     assert re.fullmatch(r"trial 2 of 3: E3 materialised; about \d+ s left", trials[1])
