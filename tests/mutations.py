@@ -176,7 +176,7 @@ ROWS = (
     ("checkpoint-sampler", "checkpoint/start.py", TO_THE_BIT, "[-sampler.load_state_dict(state.sampler)-]{+pass+}"),
     ("checkpoint-averages", "checkpoint/load.py", TO_THE_BIT,
      "[-        load_averages(checkpoint / AVERAGE, train_engine)\n-]{++}"),
-    ("checkpoint-rank", "checkpoint/state.py", TO_THE_BIT, "_read_part(files[[-rank-]{+0+}])"),
+    ("checkpoint-rank", "checkpoint/state.py", TO_THE_BIT, "load_tensors(files[[-rank-]{+0+}])"),
     ("checkpoint-damage", "checkpoint/storage.py", "test_each_damaged_file_is_named_and_the_one_before_taken",
      "if [-sha256(checkpoint / name) != digest-]{+not sha256(checkpoint / name)+}:"),
     ("checkpoint-step", "checkpoint/universal.py", "test_another_number_of_ranks_goes_on_with_the_batches_and_states",

@@ -114,11 +114,11 @@ def read_rank_part(checkpoint: Path, num_written: int) -> dict[str, Any]:
     rank = distributed.rank()
     files = [checkpoint / f"rank-{number}.pt" for number in range(num_written)]
     if num_written == distributed.world_size():
-        return _read_part(files[rank])
+        return load_tensors(files[rank])
     parts: list[dict[str, Any]] = []
     with distributed.raised_together():  # collective
         if distributed.is_main():
-            parts = [_read_part(file) for file in files]
+            parts = [load_tensors(file) for file in files]
     parts = distributed.broadcast_object(parts)  # collective
     first = parts[0]
     return {
@@ -128,8 +128,3 @@ def read_rank_part(checkpoint: Path, num_written: int) -> dict[str, Any]:
         "bad_first": first["bad_first"] if rank == 0 else [],
         "generators": parts[rank]["generators"] if rank < num_written else generator_states(),
     }
-
-
-def _read_part(file: Path) -> dict[str, Any]:
-    with blame(f"{file} is no state of a rank"):
-        return load_tensors(file)

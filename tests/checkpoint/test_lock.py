@@ -111,7 +111,7 @@ def hold_in_rounds(rank: int, world: int, folders: list[str], start: float) -> N
             assert "in use by process" in str(error), error
 
 
-@pytest.mark.parametrize("world, rounds", [(2, 200), pytest.param(5, 50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world, rounds", [(2, 100), pytest.param(5, 50, marks=pytest.mark.slow)])
 def test_of_simultaneous_starts_on_a_stale_lock_one_holds_the_folder(world, rounds, tmp_path):
     (tmp_path / "0").mkdir()
     write_lock(tmp_path / "0", pid=2**22 + 1)  # above all process numbers

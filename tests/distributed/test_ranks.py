@@ -9,7 +9,7 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.errors import UserError
 from tests import make, ranks
 
-STEPS = 3
+STEPS = 2
 # Few: where two patches match a token equally well but for rounding, either may win, and the gradients are others. Of
 # 32 pairs with each other there was such a tie within five steps with one version of torch, with another none.
 PAIRS = 8
@@ -120,7 +120,7 @@ def test_two_ranks_give_the_gradients_of_one_process(stage, accumulation):
     losses, gradients_by_step = ranks.run(gradients, 2, micro_batch, stage, accumulation)[0]
     expected_losses, expected_by_step = ranks.run(gradients, 1, PAIRS, stage, 1)[0]
     torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-6)
-    for step in (0, STEPS - 1):
+    for step in range(STEPS):
         differences = make.relative_differences(gradients_by_step[step], expected_by_step[step])
         for name, difference in differences.items():
             # A temperature's gradient is one sum that cancels: what Adam's steps made of rounding shows in it first.
