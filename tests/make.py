@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import Config
 from ds_cmli.data.pairs import Batch
+from ds_cmli.data.tokens import tokenizer_of
 from ds_cmli.errors import UserError
 from tests import ranks
 
@@ -146,7 +147,7 @@ def models(**sections: dict) -> tuple[nn.Module, nn.Module | None]:
     from ds_cmli.engine import build_models
 
     chosen = config(**sections)
-    return build_models(chosen, data_of(chosen).vocab_size)
+    return build_models(chosen, tokenizer_of(chosen.data).vocab_size)
 
 
 def data_of(chosen: Config):
@@ -175,7 +176,7 @@ def train_engine(device: torch.device, ds_config: dict, steps: int = 6, world: i
 
     chosen = config(**sections)
     resolved = engine.adapt_to_device(DeepSpeedConfig.of(ds_config)).filled(chosen, world, steps)
-    return engine.build(chosen, resolved, data_of(chosen).vocab_size, steps, device)
+    return engine.build(chosen, resolved, tokenizer_of(chosen.data).vocab_size, steps, device)
 
 
 def step(trained, micro_batches: list[Batch]) -> dict[str, float]:
@@ -257,7 +258,6 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 def untrained(losses: Sequence[str] = ("global", "cmli"), **sections: dict):
     """Return a run's configuration in the sizes of `tiny`, its objective with random weights, and its tokenizer."""
-    from ds_cmli.data.tokens import tokenizer_of
     from ds_cmli.engine import build_models
 
     chosen = load_preset("tiny", {"loss": {"weights": dict.fromkeys(losses, 1.0)}, **sections})

@@ -25,8 +25,7 @@ USUAL: dict[str, dict[str, Any]] = json.loads("""{
     "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 100, "hysteresis": 2, "min_loss_scale": 1},
     "optimizer": {"type": "AdamW", "legacy_fusion": true},
     "optimizer.params": {"lr": 1e-3, "betas": [0.9, 0.98], "eps": 1e-8, "weight_decay": 0.01, "amsgrad": true,
-        "foreach": true, "fused": true, "maximize": true, "torch_adam": true, "adam_w_mode": false, "capturable": true,
-        "momentum": 0.9},
+        "fused": true, "maximize": true, "torch_adam": true, "adam_w_mode": false, "momentum": 0.9},
     "scheduler": {"type": "WarmupLR"},
     "scheduler.params": {"warmup_min_lr": 0, "warmup_max_lr": 1e-3, "warmup_num_steps": 10, "warmup_type": "linear",
         "total_num_steps": "auto", "last_batch_iteration": -1},
@@ -37,9 +36,7 @@ USUAL: dict[str, dict[str, Any]] = json.loads("""{
     "flops_profiler": {"enabled": true, "profile_step": 1, "module_depth": -1, "top_modules": 1, "detailed": false},
     "comms_logger": {"enabled": true, "verbose": false, "prof_all": true, "debug": false},
     "timers": {"throughput": {"enabled": true, "synchronized": false}},
-    "tensorboard": {"enabled": false, "output_path": "logs", "job_name": "x"},
-    "csv_monitor": {"enabled": false, "output_path": "logs"},
-    "wandb": {"enabled": false, "project": "x"}
+    "tensorboard": {"enabled": false, "output_path": "logs", "job_name": "x"}
 }""")
 KINDS = {
     "optimizer": ("Adam", "adamw", "SGD", "RMSprop", "NAdam", "Adamax", "ASGD", "Adafactor", "Lion", "LBFGS", "", 3),

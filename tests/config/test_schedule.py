@@ -7,7 +7,7 @@ CYCLE = {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-2}
 UNTESTED = {"zero_allow_untested_optimizer": True, "bf16": {"enabled": True}}
 CONTENTS = {
     **{kind: {"optimizer": {"type": kind}, **UNTESTED} for kind in ("adamw", "RAdam")},
-    **{kind: {"scheduler": {"type": kind, "params": {}}} for kind in ("WarmupLR", "WarmupCosineLR")},
+    "WarmupCosineLR": {"scheduler": {"type": "WarmupCosineLR", "params": {}}},
     "OneCycle": {"scheduler": {"type": "OneCycle", "params": CYCLE}, "zero_optimization": {"stage": 2}},
 }
 

@@ -9,12 +9,11 @@ from ds_cmli.models.student import Teacher
 from tests import make
 
 LORA = {"image": ["qkv", "mlp.fc1"], "text": ["query"]}
-LOSSES = {"weights": {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}}
 
 
 @pytest.fixture(scope="module")
 def objective():
-    return make.models(loss=LOSSES)[0].eval()
+    return make.models()[0].eval()
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +48,7 @@ def test_padding_changes_no_text(objective, images):
 @pytest.mark.parametrize("name", ["student", "teacher"])
 def test_patches_lie_row_by_row_without_the_class_token(name):
     """If attention and MLP are 0, a patch's features are those of its pixels and place."""
-    objective, teacher = make.models(loss=LOSSES)
+    objective, teacher = make.models()
     model = objective.student if name == "student" else teacher
     zeroed = ("proj.weight", "proj.bias", "fc2.weight", "fc2.bias")
     for parameter_name, parameter in model.image.named_parameters():
@@ -65,7 +64,7 @@ def test_patches_lie_row_by_row_without_the_class_token(name):
 
 
 def test_the_teacher_gives_normalised_features_of_frozen_weights(images):
-    _, teacher = make.models(loss=LOSSES)
+    _, teacher = make.models()
     targets = teacher(images)
     assert targets.patches.shape == (3, 16, 32) and not targets.patches.requires_grad
     for x in (targets.cls, targets.patches):
@@ -87,7 +86,7 @@ def test_a_teacher_of_convolutions_gives_a_picture_the_same_features_in_each_bat
 def test_the_teachers_patches_are_resampled_to_the_students_grid():
     """A teacher of 7 x 7 patches: what is at one side of its picture is at that side of the student's grid."""
     overrides = {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8}
-    _, teacher = make.models(loss=LOSSES, teacher={"overrides": overrides})
+    _, teacher = make.models(teacher={"overrides": overrides})
     assert teacher.image.grid == (7, 7)
     for name, parameter in teacher.image.named_parameters():
         if name.endswith(("attn.proj.weight", "attn.proj.bias", "fc2.weight", "fc2.bias", "pos_embed")):

@@ -41,11 +41,9 @@ TEXTS = [
 LOSS_BY_KIND = {"CLIP": "global", "SigLIP": "global_sigmoid", "vit": "global"}
 LARGER_SETTINGS = {f"data.{name}": value for name, value in sources.LARGER.items()}
 LORA = {"student.lora": {"image": ["q_proj", "v_proj"], "text": ["q_proj", "fc1"]}}
-SLOW_KINDS = ("clipa", "token")  # as others are, in most
-ALL_KINDS = (*sources.TRANSFORMERS_MODELS, *sources.OPEN_CLIP_KINDS)
+KINDS = (*sources.TRANSFORMERS_MODELS, *sources.OPEN_CLIP_KINDS)
 EXPORTED = [("CLIP", {}), ("SigLIP", {}), ("roberta", {}), ("CLIP", sources.LARGER), ("SigLIP", {"image_size": 84})]
 SLOW_EXPORTS = [*((kind, {}) for kind in ("vit", "convnext", "coca", "siglip")), ("vit", sources.LARGER)]
-KINDS = [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW_KINDS)) for kind in ALL_KINDS]
 
 
 @pytest.fixture(scope="session")
