@@ -130,16 +130,19 @@ def test_what_a_resumed_run_must_have_kept():
             config, {"zero_optimization": {"stage": stage}, "wall_clock_breakdown": stage > 1}, sources
         )
 
-    first_settings = kept(1, {"demo": "abc"})
+    first_settings = kept(1, {"demo": "abc", "a": {"images": 4}})  # an earlier version recorded less of the data
     free = {"run": {"output_dir": "x", "match_maps": 2}, "data": {"workers": 3}}
-    assert list(setting_changes(first_settings, kept(1, {"demo": "abc"}, **free))) == []
+    same_sources = {"demo": "abc", "a": {"images": 4, "index": "x"}}
+    assert list(setting_changes(first_settings, kept(1, same_sources, **free))) == []
     changes = {"optim": {"lr": 2}, "run": {"seed": 1}, "student": {"lora": {"text": ["q"]}}}
-    settings = kept(2, {"demo": "abc", "b": "c"}, data={"caption_weights": {"text": 1}}, **changes)
+    other_sources = {"demo": "abc", "a": {"images": 5, "index": "x"}, "b": "c"}
+    settings = kept(2, other_sources, data={"caption_weights": {"text": 1}}, **changes)
     assert list(setting_changes(first_settings, settings)) == [
         'data.caption_weights: null -> {"text": 1.0}',
         "deepspeed.zero_optimization.stage: 1 -> 2",
         "optim.lr: 0.001 -> 2.0",
         "run.seed: 0 -> 1",
+        "sources.a.images: 4 -> 5",
         'sources.b: null -> "c"',
         'student.lora.text: null -> ["q"]',
     ]

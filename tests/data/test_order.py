@@ -7,8 +7,9 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 
-from ds_cmli.data.order import FullOrder, ShardLanes, WindowedOrder, split_draws
+from ds_cmli.data.order import FullOrder, ShardLanes, WindowedOrder, permutation, split_draws
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.errors import UserError
 
@@ -21,6 +22,12 @@ ORDERS = {  # number of samples, and the order
     "fewer samples than lanes": (3, lambda: WindowedOrder([[2, 1]], 64)),
     "two sources": (88, lambda: WindowedOrder([[30, 20, 10], [7, 7, 7, 7]], 4)),
 }
+
+
+def test_a_permutation_is_a_function_of_its_arguments_alone():
+    for _ in range(2):
+        torch.rand(3)  # what the global generator does must not matter
+        assert permutation(6, 0, 0).tolist() == [4, 1, 0, 2, 3, 5]  # never another order: runs resume by it
 
 
 def whole_epoch(order, epoch: int = 0):
@@ -133,12 +140,27 @@ def test_the_full_order_holds_four_bytes_a_sample():
     assert samples.turns.strides == (0,)
 
 
-def test_a_run_goes_on_in_the_order_that_it_began_in():
-    windowed = GlobalBatchSampler(WindowedOrder([[50, 50]], 2), 10, 0, 1, 0)
-    full_order = GlobalBatchSampler(100, 10, 0, 1, 0)
-    with pytest.raises(UserError, match=r"shuffled 2 shards together: give --set data\.shuffle_window=2"):
-        full_order.load_state_dict(windowed.state_dict())
-    before_windows = {name: value for name, value in full_order.state_dict().items() if name != "window"}
-    with pytest.raises(UserError, match=r"shuffled all shards together: give --set data\.shuffle_window=0"):
-        windowed.load_state_dict(before_windows)
+@pytest.mark.parametrize(("global_batch", "epoch", "first"), [(2, 0, 20), (8, 1, 0)])
+def test_another_global_batch_goes_on_and_a_larger_one_loses_only_the_end_of_the_epoch(global_batch, epoch, first):
+    sampler = GlobalBatchSampler(26, global_batch, 0, 1, 3)
+    sampler.load_state_dict({"epoch": 0, "position": 20, "length": 26, "seed": 3, "window": 0})
+    draws = next(iter(sampler))  # 6 samples of the epoch are left
+    assert [draw.sample for draw in draws] == permutation(26, 3, epoch)[first : first + global_batch].tolist()
+    sampler.advance()
+    assert (sampler.epoch, sampler.position) == (epoch, first + global_batch)
+
+
+def test_a_run_goes_on_with_the_data_seed_and_order_that_it_began_with():
+    full_order = GlobalBatchSampler(100, 10, 0, 1, 3)
+    windowed = GlobalBatchSampler(WindowedOrder([[50, 50]], 2), 10, 0, 1, 3)
+    state = full_order.state_dict()
+    before_windows = {name: value for name, value in state.items() if name != "window"}
     full_order.load_state_dict(before_windows)
+    for sampler, saved, message in (
+        (GlobalBatchSampler(101, 10, 0, 1, 3), state, "length of 100"),
+        (GlobalBatchSampler(100, 10, 0, 1, 4), state, "seed of 3"),
+        (full_order, windowed.state_dict(), r"shuffled 2 shards together: give --set data\.shuffle_window=2"),
+        (windowed, before_windows, r"shuffled all shards together: give --set data\.shuffle_window=0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sampler.load_state_dict(saved)

@@ -114,6 +114,31 @@ def test_an_image_without_a_caption_of_words_has_an_error_that_says_so():
         images.captions(0)
 
 
+def test_tokens_are_those_of_the_caption_without_special_ones_and_padding(tmp_path):
+    captions = ["one", "two words", "a much longer caption " * 3, "end"]
+    source = make.captioned(tmp_path, [[text] for text in captions])
+    loaded = make.data(source, val_source=source)
+    batch = make.batches(loaded, 4, 1)[0]  # all samples, in their order
+    positions = range(batch.input_ids.shape[1])
+    for row, text in enumerate(captions):
+        ids = loaded.tokenizer(text).input_ids
+        assert batch.attention_mask[row].tolist() == [n < len(ids) for n in positions]
+        assert batch.token_mask[row].tolist() == [0 < n < len(ids) - 1 for n in positions]  # no class or end token
+        assert batch.input_ids[row, : len(ids)].tolist() == ids
+    assert len(positions) <= 32 and batch.index.tolist() == [0, 1, 2, 3]
+
+
+def test_equal_pictures_and_equal_captions_are_told_by_their_ids(tmp_path):
+    source = make.captioned(tmp_path, [["same", "other"], ["same"], ["third"], ["fourth"]])
+    loaded = make.data(source, val_source=source)
+    assert len(loaded.train) == 4  # a picture a sample, with one of its captions at a turn
+    ids = loaded.collate([loaded.train[n] for n in range(4)]).pair_id
+    assert len({*ids[:, 0].tolist()}) == 4
+    drawn = [loaded.collate([loaded.train[Draw(0, turn)], loaded.train[1]]).pair_id for turn in range(16)]
+    captions_are_equal = {(pair_ids[0, 1] == pair_ids[1, 1]).item() for pair_ids in drawn}
+    assert captions_are_equal == {True, False} and len({pair_ids[0, 0].item() for pair_ids in drawn}) == 1
+
+
 def test_too_many_bad_samples_end_training_and_the_first_five_are_named():
     bad = BadSamples(0.1, 100)
     one_rank = SimpleNamespace(group=None)
