@@ -1,5 +1,4 @@
 import hashlib
-import io
 import zipfile
 from multiprocessing import get_context
 
@@ -15,16 +14,14 @@ from ds_cmli.errors import UserError
 @pytest.fixture
 def packaged(tmp_path, monkeypatch):
     """An asset whose wheel is in a folder that pip is told of."""
-    content = io.BytesIO()
-    wheels = tmp_path / "wheels"
-    with zipfile.ZipFile(content, "w") as archive:
+    wheel = tmp_path / "wheels/toy-1.0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("toy/data.txt", "content")
         archive.writestr("toy-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
         archive.writestr("toy-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr("toy-1.0.dist-info/RECORD", "")
-    wheels.mkdir()
-    (wheels / "toy-1.0-py3-none-any.whl").write_bytes(content.getvalue())
-    digest = hashlib.sha256(content.getvalue()).hexdigest()
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
 
     def build(folder, out):
         with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
@@ -32,7 +29,7 @@ def packaged(tmp_path, monkeypatch):
 
     monkeypatch.setenv("DS_CMLI_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
     (tmp_path / "pins").write_text(f"toy==1.0 --hash=sha256:{digest}\n")
     monkeypatch.setattr(assets, "PINS", tmp_path / "pins")
     monkeypatch.setitem(assets.ASSETS, "toy", assets.Asset(["toy==1.0"], "none", build))

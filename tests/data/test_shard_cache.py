@@ -9,9 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import fsspec
 import pytest
-from fsspec import AbstractFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from ds_cmli.data import network, shard_cache
 from ds_cmli.data.shard_cache import LostShard, Shard, ShardCache, fetched_bytes, serve, start_fetching
@@ -35,7 +34,6 @@ def server(tmp_path):
     folder.mkdir()
     for number in range(8):
         make.tar(folder / f"{number}.tar", 2, first=number)
-        assert (folder / f"{number}.tar").stat().st_size == SIZE
     (folder / "6.tar").write_bytes(b"x" * SIZE)  # damaged
     with storage_server.http(folder) as server:
         yield server
@@ -49,37 +47,32 @@ def contents(server, *numbers: int) -> list[bytes]:
     return [(server.folder / f"{number}.tar").read_bytes() for number in numbers]
 
 
-def cache_of(num_shards: int = 8) -> ShardCache:
-    return ShardCache(SIZE * num_shards)
-
-
 @contextmanager
-def fetching(cache: ShardCache):
-    """Fetch in a thread, as the fetching process does."""
+def fetching(num_shards: int = 8):
+    """Return a cache of so many shards, for which a thread fetches as the fetching process does."""
+    cache = ShardCache(num_shards * SIZE)
     end = threading.Event()
     with cache.lock():
         thread = threading.Thread(target=serve, args=(cache, end.is_set))
         thread.start()
         try:
-            yield
+            yield cache
         finally:
             end.set()
             thread.join()
 
 
-def test_many_readers_get_a_shard_that_is_fetched_once_with_its_index(tmp_path, server):
-    cache = cache_of()
-    with fetching(cache), ThreadPoolExecutor(6) as readers:
-        paths = list(readers.map(cache_of().get, shards(server, 1, 2, 1, 1, 2, 1)))
+def test_many_readers_get_a_shard_that_is_fetched_once_with_its_index(server):
+    with fetching() as cache, ThreadPoolExecutor(6) as readers:
+        paths = list(readers.map(ShardCache(cache.max_bytes).get, shards(server, 1, 2, 1, 1, 2, 1)))
     assert [path.read_bytes() for path in paths] == contents(server, 1, 2, 1, 1, 2, 1)
     assert server.fetched == {"1.tar": 1, "2.tar": 1}
     assert read_footer(paths[0].with_suffix(".rows")).num_samples == 2
     assert not list(cache.requests.iterdir())
 
 
-def test_what_does_not_exist_or_is_damaged_is_lost_and_not_tried_again(tmp_path, server):
-    cache = cache_of()
-    with fetching(cache):
+def test_what_does_not_exist_or_is_damaged_is_lost_and_not_tried_again(server):
+    with fetching() as cache:
         for _ in range(2):
             with pytest.raises(LostShard, match="no such file"):
                 cache.get(*shards(server, 9))
@@ -89,11 +82,10 @@ def test_what_does_not_exist_or_is_damaged_is_lost_and_not_tried_again(tmp_path,
     assert fetched_bytes() == 0
 
 
-def test_what_cannot_be_fetched_is_a_users_mistake_that_a_later_start_tries_again(tmp_path, server, monkeypatch):
+def test_what_cannot_be_fetched_is_a_users_mistake_that_a_later_start_tries_again(server, monkeypatch):
     monkeypatch.setattr(network, "RETRY_SECONDS", 0.3)
-    cache = cache_of()
     server.is_gone = True
-    with fetching(cache):
+    with fetching() as cache:
         with pytest.raises(UserError, match=rf"^{server.url}/1\.tar cannot be fetched \([2-9] tries\): Server"):
             cache.get(*shards(server, 1))
         server.is_gone = False
@@ -103,10 +95,9 @@ def test_what_cannot_be_fetched_is_a_users_mistake_that_a_later_start_tries_agai
         assert cache.get(*shards(server, 1)).exists()
 
 
-def test_the_folder_is_bounded_and_keeps_what_is_in_use(tmp_path, server):
-    cache = cache_of(3)
+def test_the_folder_is_bounded_and_keeps_what_is_in_use(server):
     sizes = []
-    with fetching(cache):
+    with fetching(3) as cache:
         for number in (0, 1, 2):
             cache.get(*shards(server, number))
         old = time.time() - 2 * shard_cache.IN_USE_SECONDS
@@ -124,21 +115,14 @@ def test_the_folder_is_bounded_and_keeps_what_is_in_use(tmp_path, server):
     assert max(sizes) <= 3 * SIZE
 
 
-class FullDisk(AbstractFileSystem):
-    """A storage whose copies do not fit the disk."""
-
-    protocol = "fulldisk"
-
-    def get_file(self, path, file, **options):
+def test_a_full_disk_is_one_line_and_leaves_no_part(monkeypatch):
+    def fill_disk(storage, path, file, **options):
         Path(file).write_bytes(b"part")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-
-def test_a_full_disk_is_one_line_and_leaves_no_part(tmp_path):
-    fsspec.register_implementation("fulldisk", FullDisk, clobber=True)
-    cache = cache_of()
-    with fetching(cache), pytest.raises(UserError, match=r"shards is full: free some space, lower data\.cache_gb"):
-        cache.get(Shard("fulldisk://bucket/1.tar", None))
+    monkeypatch.setattr(MemoryFileSystem, "get_file", fill_disk)
+    with fetching() as cache, pytest.raises(UserError, match=r"shards is full: free some space, lower data\.cache_gb"):
+        cache.get(Shard("memory://bucket/1.tar", None))
     assert fetched_bytes() == 0
 
 
@@ -150,8 +134,8 @@ def read_and_wait(url, copies):
     time.sleep(100)
 
 
-def test_the_fetching_process_ends_with_its_rank_and_forgets_what_a_killed_one_left(tmp_path, server):
-    cache = cache_of()
+def test_the_fetching_process_ends_with_its_rank_and_forgets_what_a_killed_one_left(server):
+    cache = ShardCache(SIZE)
     (cache.folder / "x.part").touch()
     (cache.requests / "x.failed").touch()
     processes = multiprocessing.get_context("fork")

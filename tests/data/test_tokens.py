@@ -1,6 +1,5 @@
 import json
 
-import pytest
 from transformers import PreTrainedTokenizerFast
 
 from ds_cmli.config.schema import DataConfig
@@ -12,12 +11,8 @@ def load(name, length=12):
     return tokenizer_of(DataConfig(tokenizer=name, context_length=length))
 
 
-@pytest.fixture(scope="module")
-def builtin():
-    return load("builtin")
-
-
-def test_special_tokens_are_not_valid(builtin):
+def test_special_tokens_are_not_valid():
+    builtin = load("builtin")
     tokens = builtin("Red apple")
     assert builtin.backend.decode(tokens.input_ids, skip_special_tokens=False) == "[CLS] red apple [SEP]"
     assert tokens.valid == [False, True, True, False]
@@ -38,10 +33,6 @@ def save(folder, change, **tokens):
     return str(folder)
 
 
-def assert_refused(name):
-    assert "data.tokenizer is " in make.refused(load, name)
-
-
 def far(content):
     content["post_processor"]["special_tokens"]["[SEP]"]["ids"] = [10**6]
 
@@ -60,17 +51,12 @@ def gap(content):
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "[UNK]"]
 
 
-@pytest.mark.parametrize("damage", [far, many, thrice, gap])
-def test_a_damaged_file_that_can_be_read_is_one_line(tmp_path, damage):
-    assert_refused(save(tmp_path, damage, pad_token="[PAD]"))
-
-
 def test_a_tokenizer_that_cannot_serve_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert_refused(save(tmp_path / "without a padding or end token", lambda content: None))
-    assert_refused(save(tmp_path / "with an empty file", dict.clear, pad_token="[PAD]"))
-    assert_refused("no/such-model")
-    assert_refused("/dev/null")
+    without_padding = save(tmp_path / "without a padding or end token", lambda content: None)
+    damaged = [save(tmp_path / f.__name__, f, pad_token="[PAD]") for f in (far, many, thrice, gap, dict.clear)]
+    for name in (*damaged, without_padding, "no/such-model", "/dev/null"):
+        assert "data.tokenizer is " in make.refused(load, name), name
 
 
 def test_a_caption_that_cannot_be_split_is_one_line(tmp_path):
