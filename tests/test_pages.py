@@ -195,7 +195,7 @@ def test_settings_that_may_change_are_those_of_the_code():
     from ds_cmli.config.comparison import FREE_DATA
 
     text = " ".join((ROOT / "docs" / "checkpoints.md").read_text("utf-8").split())
-    sentence = re.search(r"all settings of `data` but ([^.]*(?:\.\w[^.]*)*)\. ", text)
+    sentence = re.search(r"all settings of `data` except ([^.]*(?:\.\w[^.]*)*)\. ", text)
     assert sentence and set(re.findall(r"`data\.(\w+)`", sentence[1])) == FREE_DATA
 
 

@@ -55,11 +55,11 @@ class StudentConfig:
     """A CLIP, SigLIP or model of open_clip (a folder, or a name of the hub), a run or an export to
     start from, which decides other settings (docs/finetune.md); "": two encoders."""
     source_config: dict[str, Any] = Field(default_factory=dict)
-    """The sizes of its model; filled from `source`."""
+    """The sizes of the source's model; filled from `source`."""
     image_backbone: Name = "timm"
     """ "timm", or a plugin's (docs/plugins.md)."""
     image_model: Name = "vit_small_patch14_dinov2"
-    """Its name in timm."""
+    """The image encoder's name in timm."""
     image_weights: Name = "demo"
     """ "demo" (packaged), "hub" (by model name), "random", or a path."""
     image_overrides: dict[str, Any] = Field(default_factory=dict)
@@ -85,7 +85,7 @@ class StudentConfig:
     freeze_text: Number = 0
     """As `freeze_image`, for the text encoder."""
     lora: dict[Literal["image", "text"], Names] = Field(default_factory=dict)
-    """LoRA: ends of names of layers with adapters, as {"text": ["query"]}; the rest is frozen."""
+    """LoRA: layers whose names end so get adapters, as {"text": ["query"]}; the rest is frozen."""
     lora_rank: Annotated[int, Field(ge=1, le=1024)] = 8
     """The rank of the adapters."""
     lora_alpha: Count = 16
@@ -178,7 +178,7 @@ class LossConfig:
     init_temperature: InitTemperature = 0.07
     """The global loss's temperature at the start."""
     cmli_init_temperature: InitTemperature = 0.02
-    """CMLI's temperature at the start: its means of maxima vary less."""
+    """CMLI's temperature at the start; it is lower because means of maxima vary less."""
     init_bias: Annotated[float, Field(ge=-100, le=100)] | None = None
     """The sigmoid losses' bias at the start; null: the authors' -10, and -14 for `cmli_sigmoid`.
     With some hundred pairs or fewer, ln(1/negatives) learns faster: -3.5 for 32."""
@@ -215,8 +215,8 @@ class OptimConfig:
     micro_batch: Count = 64
     """B, pairs per rank, if the JSON says "auto"."""
     negatives: Literal["micro_batch", "global_batch"] = "global_batch"
-    """The texts with which an image is compared under accumulation: those of its micro-batch, or of
-    the whole step, which takes a second forward pass."""
+    """Under accumulation an image is compared with the texts of its micro-batch, or with those of
+    the whole step, by a second forward pass."""
     steps: Count | None = 300
     """Optimizer steps."""
     epochs: Positive | None = None
@@ -240,7 +240,7 @@ class OptimConfig:
 @dataclass(config=STRICT)
 class RunConfig:
     preset: Name = "quick"
-    """The source of settings that are not given: quick, demo, paper, tiny or finetune (with
+    """The preset, for settings that are not given: quick, demo, paper, tiny, or finetune (with
     `student.source`)."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """The seed of weights, data order and scenes."""
@@ -263,7 +263,7 @@ class RunConfig:
     keep: Count = 2
     """The number of newest checkpoints that are kept."""
     zero_shot: Text | Names = ""
-    """Folders of class folders, one or several, classified at each evaluation (--zero-shot)."""
+    """Folders of class folders, one or several, classified at each evaluation."""
     best_by: Literal["retrieval", "zero_shot"] = "retrieval"
     """The best evaluation: by R@1 of the first split, or accuracy in the first of `zero_shot`."""
     keep_best: bool = False
