@@ -339,6 +339,5 @@ def load_config(path: Path, setting: str) -> Config:
         return Config.from_dict(read_json(path)["config"])
     except (OSError, ValueError, KeyError, RecursionError, UserError) as error:
         problem = f"its {path.name} is missing, damaged, of another version, or needs a --plugin"
-        raise UserError(
-            f"{setting} is {str(path.parent)!r}: {problem}: {one_line(error)}"
-        ) from None
+        line = f"{setting} is {str(path.parent)!r}: {problem}: {one_line(error)}"
+        raise UserError(line) from None
