@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from ds_cmli import hardware
+from ds_cmli.libraries import importing
 from tests.ranks import ALONE, ROOT
 
 # A process that trains keeps its freed memory. One that runs hundreds of tests would grow by that until the system
@@ -40,7 +41,7 @@ def pytest_configure(config):
     starts_workers = config.getoption("numprocesses", None) and not hasattr(config, "workerinput")
     if starts_workers and not Path(importlib.util.find_spec("deepspeed").cached).exists():
         # Import the libraries once in a new environment: otherwise each worker compiles the same 5,000 modules.
-        imports = "import torch, deepspeed, transformers, timm, torch.utils.tensorboard, tests.drive_train, ds_cmli.run"
+        imports = "import torch, deepspeed, transformers, timm, torch.utils.tensorboard, tests.drive_train"
         subprocess.run([sys.executable, "-c", imports], cwd=ROOT, capture_output=True)
 
 
@@ -67,8 +68,11 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
 
 
-def pytest_collection_finish():
-    keep_what_is_imported()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Import what the files of tests import without garbage collection and trackers, as a training does."""
+    with importing():
+        return (yield)
 
 
 @pytest.fixture(autouse=True)

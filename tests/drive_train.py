@@ -8,6 +8,10 @@ from contextlib import contextmanager
 from unittest import mock
 
 from ds_cmli import train
+from ds_cmli.libraries import importing
+
+with importing():
+    from ds_cmli.run import Run
 
 
 @contextmanager
@@ -52,8 +56,6 @@ def released() -> Iterator[None]:
 
 def drive(arguments: list[str], stop_at: int | None = None) -> int:
     """Return the exit code of one training. Send a signal to the last rank after the step `stop_at`."""
-    from ds_cmli.run import Run
-
     end_step = Run.end_step
 
     def end_step_and_signal(run, result):
