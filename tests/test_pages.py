@@ -19,10 +19,10 @@ import pytest
 
 import ds_cmli
 from ds_cmli import export, train, visualize
+from ds_cmli.config.comparison import FREE_DATA
 from ds_cmli.config.presets import PRESETS, load_preset
 from ds_cmli.config.registry import LOSSES
 from ds_cmli.config.schema import SECTIONS
-from ds_cmli.data import assets
 from ds_cmli.evaluate import __main__ as evaluate
 from ds_cmli.memory import command as memory
 from tests.ranks import ROOT
@@ -183,8 +183,6 @@ def test_modules_of_the_package_are_in_the_table_of_contributors():
 
 
 def test_numbers_of_the_preset_finetune_are_the_codes():
-    from ds_cmli.config.presets import PRESETS
-
     (rows,) = [rows for header, rows in tables(ROOT / "docs" / "finetune.md") if header[0] == "number"]
     stated = {match[1]: value for name, value, _ in rows if (match := re.match(r"`optim\.(\w+)`", name))}
     optim = PRESETS["finetune"]["optim"]
@@ -192,28 +190,9 @@ def test_numbers_of_the_preset_finetune_are_the_codes():
 
 
 def test_settings_that_may_change_are_those_of_the_code():
-    from ds_cmli.config.comparison import FREE_DATA
-
     text = " ".join((ROOT / "docs" / "checkpoints.md").read_text("utf-8").split())
     sentence = re.search(r"all settings of `data` except ([^.]*(?:\.\w[^.]*)*)\. ", text)
     assert sentence and set(re.findall(r"`data\.(\w+)`", sentence[1])) == FREE_DATA
-
-
-def test_packages_of_the_demos_assets():
-    (rows,) = [rows for header, rows in tables(ROOT / "docs" / "install.md") if header[0] == "asset"]
-    source = Path(assets.__file__).read_text("utf-8")
-    for asset, package, _ in rows:
-        assert f'"{package.strip("`")}' in source, f"no demo asset comes from {package} ({asset})"
-
-
-def stated_values() -> list[tuple[str, str, str]]:
-    """Return the page, the line before each comment of a value, and its expression."""
-    values = []
-    for page in PAGES:
-        for line in page.read_text("utf-8").splitlines():
-            for match in re.finditer(r"<!-- (ds_cmli\.[^>]+?) -->", line):
-                values.append((page.name, line[: match.start()], match[1]))
-    return values
 
 
 def evaluated(expression: str) -> object:
@@ -224,12 +203,16 @@ def evaluated(expression: str) -> object:
 
 
 def test_numbers_of_the_pages_are_the_codes():
-    stated = stated_values()
-    assert stated, "no number of a page names its place in the code"
-    for page, before, expression in stated:
-        value = evaluated(expression)
-        spellings = {str(value)}
-        if isinstance(value, int | float):
-            spellings |= {f"{value:,}", f"{value:,g}", f"{value:.0%}", f"{value:.1%}", f"{value:g}"}
-        last = re.findall(r"[\d.,]*\d%?", before)
-        assert last and last[-1] in spellings, f"{page}: {before[-40:]!r} and {expression} is {value!r}"
+    num_compared = 0
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        for match in re.finditer(r"<!-- (ds_cmli\.[^>\n]+?) -->", text):
+            _, _, before = text[: match.start()].rpartition("\n")
+            value = evaluated(match[1])
+            spellings = {str(value)}
+            if isinstance(value, int | float):
+                spellings |= {f"{value:,}", f"{value:,g}", f"{value:.0%}", f"{value:.1%}", f"{value:g}"}
+            last = re.findall(r"[\d.,]*\d%?", before)
+            assert last and last[-1] in spellings, f"{page.name}: {before[-40:]!r} and {match[1]} is {value!r}"
+            num_compared += 1
+    assert num_compared, "no number of a page names its place in the code"
