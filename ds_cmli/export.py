@@ -16,13 +16,7 @@ from PIL import Image
 from ds_cmli.commands import run_command
 from ds_cmli.config.registry import plugin_option
 from ds_cmli.config.schema import Config, load_config
-from ds_cmli.config.source import (
-    LOCAL_PREFIX,
-    OPEN_CLIP_CONFIG,
-    RUN,
-    ModelSource,
-    temperature_loss,
-)
+from ds_cmli.config.source import LOCAL_PREFIX, OPEN_CLIP_CONFIG, RUN, ModelSource, temperature_loss
 from ds_cmli.errors import UserError, blame
 from ds_cmli.files import JsonObject
 from ds_cmli.libraries import silence

@@ -19,14 +19,7 @@ from ds_cmli.config.schema import Config
 from ds_cmli.config.source import ModelSource
 from ds_cmli.data.images import Picture, View
 from ds_cmli.errors import UserError
-from ds_cmli.evaluate.embed import (
-    Embedding,
-    Evaluator,
-    PaddedTexts,
-    PictureFiles,
-    load_evaluator,
-    pad_texts,
-)
+from ds_cmli.evaluate import embed
 from ds_cmli.scores import DirectionScores, Match, match
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -57,7 +50,7 @@ class Model:
     """A trained student that embeds and scores pictures and texts. It is made by `Model.load`."""
 
     config: Config
-    evaluator: Evaluator
+    evaluator: embed.Evaluator
 
     @classmethod
     def load(
@@ -70,7 +63,7 @@ class Model:
         """
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         source = ModelSource(str(path))
-        return cls(*load_evaluator(source, chosen, precision="fp32", batch_size=batch_size))
+        return cls(*embed.load_evaluator(source, chosen, precision="fp32", batch_size=batch_size))
 
     def __repr__(self) -> str:
         encoders = f"{self.config.student.image_model} and {self.config.student.text_model}"
@@ -101,7 +94,7 @@ class Model:
         for number, picture in enumerate(pictures):
             names.append(str(picture if isinstance(picture, str | Path) else number))
         rows = [(picture, None) for picture in pictures]
-        files = PictureFiles(View.of(self.config.data), rows)
+        files = embed.PictureFiles(View.of(self.config.data), rows)
         cls_parts = []
         patch_parts = []
         for _, cls, patches, broken in self.evaluator.images(files, [*range(len(rows))]):
@@ -123,7 +116,8 @@ class Model:
         embedded, bad = self.evaluator.texts(dict(enumerate(texts)), len(texts))
         for number, reason in bad.items():
             raise UserError(f"the text {texts[number]!r} cannot be used: {reason}")
-        return TextEmbeddings(*pad_texts([embedded[number] for number in range(len(texts))]), texts)
+        padded = embed.pad_texts([embedded[number] for number in range(len(texts))])
+        return TextEmbeddings(*padded, texts)
 
     @torch.inference_mode()
     def scores(self, images: ImageEmbeddings, texts: TextEmbeddings) -> dict[str, DirectionScores]:
@@ -132,8 +126,8 @@ class Model:
         Returns for each kind i2t and t2i, fp32 [I, J] each, on the CPU: "global", the cosines of
         class tokens, "cmli", and, if temperatures were trained, "combined", the sum over them.
         """
-        text_features = PaddedTexts(texts.cls, texts.tokens, texts.token_mask)
-        image_features = [*map(Embedding, images.cls, images.patches)]
+        text_features = embed.PaddedTexts(texts.cls, texts.tokens, texts.token_mask)
+        image_features = [*map(embed.Embedding, images.cls, images.patches)]
         parts = defaultdict(list)
         for start in range(0, len(image_features), MAX_SCORED):
             block = image_features[start : start + MAX_SCORED]
