@@ -91,7 +91,7 @@ def forkserver() -> ForkServerContext:
     """Return the context whose server imports the libraries once for all processes."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as a training sets it before it imports PyTorch
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.drive_train", LATE])
+    context.set_forkserver_preload(["tests.drive_train", "tests.make", LATE])
     return context
 
 

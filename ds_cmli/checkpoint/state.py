@@ -77,12 +77,11 @@ class TrainState:
 
     def restore(self, rank_part: dict[str, Any], bad_samples: BadSamples) -> None:
         """Put back what `rank_part` returned. Nothing may draw random numbers after it."""
-        device = self.sums.device
-        num_sums = len(self.sums)
+        no_sums = self.sums
         vars(self).update(rank_part)
-        self.sums = self.sums.to(device)
-        if len(self.sums) != num_sums:  # resumed with other losses
-            self.sums = torch.zeros(num_sums, device=device)
+        self.sums = self.sums.to(no_sums.device)
+        if len(self.sums) != len(no_sums):  # resumed with other losses
+            self.sums = no_sums
             self.micro_batches = 0
         bad_samples.count = self.bad_count
         bad_samples.first = self.bad_first
