@@ -37,7 +37,7 @@ MISTAKES = [
     ({"scheduler": {"type": "WarmupLR", "params": {"warmup_steps": 3}}}, "'warmup_steps'"),
     (
         {"activation_checkpointing": {"cpu_checkpointing": True}},
-        "activation_checkpointing.cpu_checkpointing is True: PyTorch",
+        ".cpu_checkpointing is True: PyTorch recomputes blocks",
     ),
     ({"gradient_clipping": -1}, "gradient_clipping is -1"),
     ({"comms_logger": "auto"}, "comms_logger is 'auto'"),

@@ -171,10 +171,8 @@ RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "norm_re
 CHECKPOINTED = [
     {"image_model": "beit_base_patch16_224", "image_overrides": VIT},  # relative positions
     {"image_model": "vit_small_patch16_dinov3", "image_overrides": VIT},  # rotary positions
-    *(
-        {"image_model": model, "image_overrides": FEATURE_MAPS[model]}
-        for model in ("swin_tiny_patch4_window7_224", "resnet18")
-    ),
+    {"image_model": "swin_tiny_patch4_window7_224", "image_overrides": FEATURE_MAPS["swin_tiny_patch4_window7_224"]},
+    {"image_model": "resnet18", "image_overrides": FEATURE_MAPS["resnet18"]},
     {"text_model": "albert", "text_overrides": {**BERT, "embedding_size": 16}},  # its layers share their weights
     {"text_model": "deberta-v2", "text_overrides": {**BERT, **RELATIVE, "position_biased_input": False}},
     {"text_model": "t5", "text_overrides": T5},
