@@ -17,29 +17,24 @@ def packaged(tmp_path, monkeypatch):
     wheel = tmp_path / "wheels/toy-1.0-py3-none-any.whl"
     wheel.parent.mkdir()
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("toy/data.txt", "content")
         archive.writestr("toy-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
         archive.writestr("toy-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr("toy-1.0.dist-info/RECORD", "")
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-
-    def build(folder, out):
-        with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
-            (out / "data.txt").write_bytes(archive.read("toy/data.txt"))
-
     monkeypatch.setenv("DS_CMLI_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
     (tmp_path / "pins").write_text(f"toy==1.0 --hash=sha256:{digest}\n")
     monkeypatch.setattr(assets, "PINS", tmp_path / "pins")
-    monkeypatch.setitem(assets.ASSETS, "toy", assets.Asset(["toy==1.0"], "none", build))
+    monkeypatch.setitem(assets.ASSETS, "toy", assets.Asset(["toy==1.0"], "none", assets.ASSETS["pictures"].build))
     return tmp_path
 
 
 def test_two_processes_fetch_an_asset_once_and_then_it_needs_no_index(packaged, monkeypatch, capfd):
     with get_context("fork").Pool(2) as pool:
         folder, same_folder = pool.map(assets.fetch, ["toy", "toy"])
-    assert folder == same_folder and (folder / "data.txt").read_text() == "content"
+    (content,) = folder.iterdir()
+    assert folder == same_folder and content.read_bytes() == (packaged / "wheels" / content.name).read_bytes()
     assert capfd.readouterr().out.count("fetching") == 1
     monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
     assert assets.fetch("toy") == folder

@@ -38,12 +38,12 @@ def far(content):
 
 
 def many(content):
-    content["post_processor"]["single"] *= 5
+    *_, end = content["post_processor"]["single"]
+    content["post_processor"]["single"] += 12 * [end]
 
 
 def thrice(content):
-    (text,) = (part for part in content["post_processor"]["single"] if "Sequence" in part)
-    content["post_processor"]["single"] += [text, text]
+    content["post_processor"]["single"] *= 3
 
 
 def gap(content):
