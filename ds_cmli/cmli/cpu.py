@@ -60,22 +60,17 @@ def load_kernels() -> ctypes.CDLL:
     return compiled(SOURCE, f"{COMPILER_FLAGS} {vector_flags}".split())
 
 
-def forward(sides: Sides, scores: Directions, argmax: Directions | None) -> None:
-    call("cmli_forward", sides, scores, argmax, None)
-
-
-def backward(sides: Sides, d_scores: Directions, argmax: Directions, d_sides: SidePair) -> None:
-    call("cmli_backward", sides, d_scores, argmax, d_sides)
-
-
 def call(
     function: str,
     sides: Sides,
     scores: Directions,
     argmax: Directions | None,
-    d_sides: SidePair | None,
+    d_sides: SidePair | None = None,
 ) -> None:
-    """Allocate the scratch memory of a function of cpu.cpp, and call it unless there is no data."""
+    """Allocate the scratch memory of a function of cpu.cpp, and call it unless there is no data.
+
+    `scores` are their gradients if the gradients of the features, `d_sides`, are computed.
+    """
     images = side_tensors(sides.image, sides.patch_mask)
     texts = side_tensors(sides.text, sides.token_mask)
     I, N, D = sides.image.shape  # noqa: E741
@@ -106,6 +101,10 @@ def call(
         *(*index_bytes, thread_bytes, threads, block_rows, max_entries),
     ]
     load_kernels()[function]((ctypes.c_int64 * len(fields))(*fields))
+
+
+forward = functools.partial(call, "cmli_forward")
+backward = functools.partial(call, "cmli_backward")
 
 
 def side_tensors(features: Tensor, mask: Tensor | None) -> tuple[Tensor | None, ...]:

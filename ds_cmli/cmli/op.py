@@ -178,8 +178,7 @@ def _scores_backward(ctx, d_i2t, d_t2i, _d_token_argmax, _d_patch_argmax):
         d_image, d_text, image, text, token_mask, patch_mask, d_i2t, d_t2i, token_argmax,
         patch_argmax, ctx.backend,
     )  # fmt: skip
-    no_gradients = (None,) * 4
-    return d_image.to(image.dtype), d_text.to(text.dtype), *no_gradients
+    return d_image.to(image.dtype), d_text.to(text.dtype), None, None, None, None
 
 
 def refuse_second_derivative() -> None:

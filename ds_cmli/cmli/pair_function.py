@@ -151,8 +151,8 @@ class PairFunction(torch.autograd.Function):
         del d_global_text  # its memory is free for what follows
         for rows in slices(len(text), ctx.plan.block_size):
             l2_normalize_backward(d_text[rows], text[rows])
-        no_gradients = (None,) * 5
-        return d_image, d_text.to(text.dtype).contiguous(), d_scale_and_bias, *no_gradients
+        d_text = d_text.to(text.dtype).contiguous()
+        return d_image, d_text, d_scale_and_bias, None, None, None, None, None
 
 
 def plan_blocks(batch: PairBatch, sizes: TextSizes, backend: str, scratch_bytes: int) -> BlockPlan:
@@ -302,11 +302,10 @@ class SequenceBlock(ImageBlock):
         self.backend = backend
 
     def score(self, keep_argmax: bool) -> BlockScores:
-        return BlockScores(
-            *torch.ops.ds_cmli.scores(
-                self.image, self.text, self.token_mask, self.patch_mask, self.backend, keep_argmax
-            )
+        scores = torch.ops.ds_cmli.scores(
+            self.image, self.text, self.token_mask, self.patch_mask, self.backend, keep_argmax
         )
+        return BlockScores(*scores)
 
     def add_feature_gradients(self, d_image, d_text, d_i2t, d_t2i, scores):
         """Add to the gradients of the unit images [b, N, D] and of the unit texts [G, M, D]."""

@@ -64,7 +64,7 @@ def source_steps(source: Sequences, step: int) -> tuple[TileList, TileList]:
     num_long = (source.ends + step - 1 - min(16, step - 16)) // step
     has_remainder = (source.ends > num_long * step).int()
     long_steps = tile_list(num_long, -(-length // step), slots, unit)
-    return long_steps, tile_list(has_remainder, 1, slots, unit, start=num_long * unit)
+    return long_steps, tile_list(has_remainder, 1, slots, place=num_long * unit)
 
 
 def backward(sides: Sides, d_scores: Directions, argmax: Directions, d_sides: SidePair) -> None:

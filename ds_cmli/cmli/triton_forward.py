@@ -110,10 +110,7 @@ def device_limits(device: torch.device) -> tuple[tuple[int, int], int]:
     if not torch.cuda.is_available():
         return (8, 0), 163 * 1024
     properties = torch.cuda.get_device_properties(device)
-    shared_bytes = getattr(
-        properties, "shared_memory_per_block_optin", properties.shared_memory_per_block
-    )
-    return (properties.major, properties.minor), shared_bytes
+    return (properties.major, properties.minor), properties.shared_memory_per_block_optin
 
 
 def may_give_nan(x: Tensor) -> Tensor:
@@ -164,22 +161,20 @@ def tile_list(
     max_count: int,
     slots: int,
     unit: int = 1,
-    start: Tensor | None = None,
+    place: Tensor | None = None,
     end_code: int = 0,
 ) -> TileList:
     """List the tiles of each sequence: `counts` [X], at most `max_count`.
 
-    A sequence's first tile is at the place `start` [X], None: 0, and the next ones `unit` further.
+    A sequence's tiles are at the places 0, `unit`, ..; given `place` [X], its only one is there.
     """
     first = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
     bound = len(counts) * max_count
     tile = torch.arange(bound + 1, dtype=torch.int32, device=counts.device)
     sequence = torch.searchsorted(first[1:], tile, right=True, out_int32=True)
     clamped = sequence.clamp(max=len(counts) - 1)
-    place = (tile - first[clamped]) * unit
-    if start is not None:
-        place = start[clamped] + place
-    code = clamped * slots + place
+    places = (tile - first[clamped]) * unit if place is None else place[clamped]
+    code = clamped * slots + places
     return TileList(torch.where(sequence < len(counts), code, end_code).int(), first, slots)
 
 
@@ -188,9 +183,9 @@ def text_tiles(ends: Tensor, longest: int, widths: tuple[int, ...]) -> list[Tile
     lists = []
     shorter = 0  # the width before: its texts take that
     for width in widths:
-        is_last = width == widths[-1]
-        max_count = -(-longest // width) if is_last else 1
-        takes_width = ends > shorter if is_last else (ends > shorter) & (ends <= width)
+        max_end = longest if width == widths[-1] else width
+        max_count = -(-max_end // width)
+        takes_width = (ends > shorter) & (ends <= max_end)
         counts = torch.where(takes_width, (ends + width - 1) // width, 0)
         lists.append(tile_list(counts, max_count, max_count, end_code=len(ends) * max_count))
         shorter = width

@@ -124,7 +124,9 @@ class TrainEngine:
             total = total + pairs.total
             losses = losses | pairs.losses
             num_compared *= self.accumulation
-        self.backward(total)  # collectives: text gradients, gradient buckets
+        loss = nonfinite.poison(total)  # gives NaN gradients if the loss is not finite
+        with scopes.scope("backward"):
+            self.engine.backward(loss)  # collectives: text gradients, gradient buckets
         num_duplicates = self.objective.num_duplicates
         if num_duplicates is None:
             num_duplicates = torch.zeros((), device=self.device)
@@ -137,12 +139,6 @@ class TrainEngine:
             return None
         with scopes.scope("activations teacher"):
             return self.teacher(batch.image)
-
-    def backward(self, total: Tensor) -> None:
-        """Run backward; all gradients are NaN if the loss is not finite. Collective."""
-        loss = nonfinite.poison(total)
-        with scopes.scope("backward"):
-            self.engine.backward(loss)
 
     def update(self) -> None:
         """Update the weights, after the last micro-batch of a step. Collective, CPU-GPU sync."""

@@ -1,7 +1,5 @@
 """The losses over pairs: contrastive and sigmoid, on cosines of class tokens and on CMLI."""
 
-import math
-
 from ds_cmli.cmli.loss import MAX_SIGMOID_SCALE, CMLILoss, PairLoss
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.models.student import Student
@@ -22,19 +20,17 @@ class AllPairsCMLI(CMLILoss):
 
 class GlobalSigmoid(PairLoss):
     def __init__(self, config: LossConfig, student: Student, teacher_width: int | None = None):
-        # SigLIP's initial values: a scale of 10, and a bias with which the many negatives start
-        # with a small loss.
-        log_scale = math.log(10)
         bias = config.init_bias
-        if student.start is not None:
-            log_scale = student.start.log_scale
-            if bias is None:
-                bias = student.start.bias
+        if bias is None and student.start is not None:
+            bias = student.start.bias
         if bias is None:
             bias = -10.0
-        # The scale is written afterwards: a source's may be above the maximum.
+        # SigLIP's initial values: a scale of 10, and a bias with which the many negatives start
+        # with a small loss.
         super().__init__(0.1, bias, MAX_SIGMOID_SCALE, backend=config.cmli_backend)
-        self.temperature.logit_scale.data.fill_(log_scale)
+        # The scale is written afterwards: a source's may be above the maximum.
+        if student.start is not None:
+            self.temperature.logit_scale.data.fill_(student.start.log_scale)
 
 
 class CMLISigmoid(CMLILoss):

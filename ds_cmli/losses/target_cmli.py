@@ -46,11 +46,8 @@ def match_patches(tokens: Tensor, patches: Tensor) -> Tensor:
     """Return each token's patch of the highest cosine, int64 [B, M]: equation (2) for the pairs.
 
     The index has no gradient, so this alone trains no projection. Ties go to the lowest index.
-
-    Args:
-        tokens: [B, M, D].
-        patches: [B, N, D], projected as the tokens: with two different random projections, matches
-            are random.
+    Tokens [B, M, D] and patches [B, N, D] are of one projection: by two random ones, matches are
+    random.
     """
     with torch.no_grad(), full_precision(tokens.device):
         unit_tokens = l2_normalize(upcast(tokens))
@@ -69,22 +66,16 @@ def squared_distance(x: Tensor, y: Tensor, reduction: str) -> Tensor:
 
 
 def target_text_loss(
-    student_tokens: Tensor,
-    teacher_patches: Tensor,
-    match: Tensor,
-    token_mask: Tensor,
+    student_tokens: Tensor,  # [B, M, H]
+    teacher_patches: Tensor,  # [B, N, H], the frozen teacher's, already layer-normalised
+    match: Tensor,  # int64 [B, M]
+    token_mask: Tensor,  # bool [B, M], True = valid (not [CLS], [SEP], [PAD])
     reduction: str,
 ) -> Tensor:
     """Regress each valid token on the teacher's feature at its match: equation (9).
 
     The document writes (9) as a mean over k = 1..N although k counts text tokens. Here it is the
     mean over the M_j valid tokens of each text, 0 without any, and then over texts.
-
-    Args:
-        student_tokens: [B, M, H].
-        teacher_patches: [B, N, H], the frozen teacher's, already layer-normalised.
-        match: int64 [B, M].
-        token_mask: bool [B, M], True = valid (not [CLS], [SEP], [PAD]).
     """
     index = match[:, :, None].expand(-1, -1, teacher_patches.shape[2])
     targets = teacher_patches.gather(1, index)  # [B, M, H]
