@@ -47,6 +47,7 @@ EQUIVALENT = {
     "ds_cmli/cmli/triton_forward.py: argument: tl.range(begin, end, num_stages=STAGES) -> (tl.range(begin, end))": GPU,
     "ds_cmli/config/source.py: argument: max(context_length, text.max_position_embeddings)"
     " -> (max(text.max_position_embeddings, context_length))": SYMMETRIC,
+    "ds_cmli/data/held_out.py: constant: numbers = x ^ (x >> np.uint64(31)) -> 32": "the lowest bits decide nothing",
     "ds_cmli/data/order.py: constant: num_ahead = 0 -> 1": "the full order announces epochs",
     "ds_cmli/data/shard_cache.py: argument: file.unlink(missing_ok=True) -> (file.unlink())": "a race of two processes",
     "ds_cmli/data/shard_cache.py: constant: FORGET_SECONDS = 60.0 -> 61.0": "a pause",
