@@ -87,7 +87,7 @@ def gather_texts(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the texts of all ranks [G, M, D] and their mask, valid tokens first. Collective.
 
-    M is `max_tokens`. One rank gets its own as they are. Vectors have no mask.
+    M is `max_tokens`. If there is one rank: its texts and mask as they are. Vectors have no mask.
     """
     if num_ranks() == 1:
         return text, token_mask
@@ -145,7 +145,8 @@ def _pack(x: Tensor, mask: Tensor, num_owners: int, num_rows: int) -> Tensor:
 def _row_numbers(mask: Tensor, num_owners: int, num_rows: int) -> Tensor:
     """Return the row of each valid position of a mask [.., L]; a masked position gets any row.
 
-    Masks 110 and 010 of one owner get rows 011 and 122. Owner k's rows begin at k * num_rows.
+    Valid positions are counted on: masks 110 and 010 of one owner get rows 011 and 122. Owner k's
+    rows begin at k * num_rows.
     """
     numbers = mask.reshape(num_owners, -1).cumsum(1).sub_(1).clamp_(min=0)
     numbers += torch.arange(num_owners, device=mask.device)[:, None] * num_rows

@@ -66,7 +66,7 @@ class BlockPlan(NamedTuple):
 
     backend: str  # of the op
     block_size: int  # images per block
-    num_saved: int  # first images whose scores are saved, in whole blocks
+    num_saved: int  # scores are saved of blocks that end at or before this image
     upcast_text: bool  # the texts are cast to fp32 once for all blocks
     sizes: TextSizes
 
@@ -268,7 +268,7 @@ class ImageBlock:
         return self._times_z(signed_logits.neg_().sigmoid_()).neg_().mul_(weight)
 
     def _times_z(self, matrix: Tensor) -> Tensor:
-        """Multiply a matrix [b, G] by z of `sigmoid_loss`; the matrix is overwritten."""
+        """Return a matrix [b, G] times z of `sigmoid_loss`, and overwrite the matrix."""
         matrix.neg_()
         self.positives(matrix).neg_()
         if self.duplicates is None:

@@ -138,7 +138,7 @@ class ModelSource:
     def in_open_clip(self) -> tuple[str, str | None]:
         """The name by which `open_clip.create_model` knows the model, and a file or tag of weights.
 
-        The second is None if the first stands for both.
+        The second is None if the name includes the weights.
         """
         if self.name.startswith(ARCHITECTURE_PREFIX):
             architecture, _, weights = self.name.removeprefix(ARCHITECTURE_PREFIX).partition("@")

@@ -246,7 +246,7 @@ class WindowedOrder:
         rows = (lane_rows + self._first_rows(lanes)) % self.num_rows
         sources = pattern.sources[rows]
         shares = self.shares[sources]
-        # Every lane takes each source's rows in their order, from the first on.
+        # A lane's first row of a source is draw 0 of the epoch, wherever the lane begins.
         row_numbers = pattern.row_numbers[rows] - pattern.skipped_rows[lanes, sources]
         source_rows = row_numbers % shares + epoch * shares
         return sources, source_rows * self.window + lanes

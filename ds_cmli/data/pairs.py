@@ -212,7 +212,7 @@ class TrainPairs(Dataset):
 
     def _caption(self, index: int, turn: int) -> str:
         captions = self.images.captions(index)
-        # As unsigned: the remainder below stays what it was in the runs that resume.
+        # Unsigned, as in earlier versions: a resumed run draws the same captions.
         number = hashed(self.seed, turn, index) % 2**64
         if not self.caption_weights:
             _, text = captions[number % len(captions)]
@@ -268,7 +268,7 @@ def reason_of(error: Exception) -> str:
 class BadSamples:
     """The number of samples that training could not use, which counts each draw, and the first."""
 
-    max_share: float  # of the whole data set, until more samples than that have been requested
+    max_share: float  # of the requested samples, or of the data set if that is larger
     length: int  # number of samples in the training set
     count: int = 0  # that this rank has met
     first: list[Bad] = field(default_factory=list)

@@ -37,7 +37,7 @@ from ds_cmli.files import cache_folder
 NUM_FETCHES = 8  # at the same time on a node
 POLL_SECONDS = 0.05
 TOUCH_SECONDS = 5.0  # from one mark of a copy as in use to the next
-IN_USE_SECONDS = 60.0  # after such a mark, while no shard that is only wanted soon replaces it
+IN_USE_SECONDS = 60.0  # after such a mark; until then only a shard that is waited for replaces it
 FORGET_SECONDS = 60.0  # after which a shard that could not be fetched is tried again
 ALONE_SECONDS = 15.0  # after which a reader fetches itself if no process does
 LINE_SECONDS = 10.0  # from one line about waiting readers to the next
@@ -77,7 +77,7 @@ def fetched_bytes() -> int:
 
 
 def opening_progress() -> tuple[int, int]:
-    """Return what changes while data are opened: the bytes of copies, the date of indices."""
+    """Return numbers that change while data are opened: bytes of copies, date of indices."""
     folder = index_folder()
     return fetched_bytes(), folder.stat().st_mtime_ns if folder.exists() else 0
 

@@ -180,7 +180,7 @@ def show_log_of_deepspeed(ds_config: DeepSpeedConfig) -> None:
     logs_collectives = ds_config.get("comms_logger", {}).get("enabled", False)
     if logs_collectives or any(ds_config.get(name) for name in LOGS):
         logger = logging.getLogger("DeepSpeed")
-        logger.filters.clear()  # of `silence`
+        logger.filters.clear()  # which `silence` has added
         if ds_config.get("log_level") is None:
             logger.setLevel(logging.INFO)
             for handler in logger.handlers:

@@ -85,7 +85,7 @@ class TrainEngine:
                 features.append(self.engine(batch.to(self.device, non_blocking=True), embed=True))
         step_losses = []
         gpus = [self.device] if self.device.type == "cuda" else []
-        # After it, the generators stand where the first pass left them.
+        # At its end, the generators return to their state after the first pass.
         with torch.random.fork_rng(gpus):
             pairs = gradient_cache.compare_cached(
                 features, self.objective.compare, self.objective.weigh, self.loss_scale

@@ -89,7 +89,7 @@ class Objective(nn.Module):
                 image = pairs["patches"]
                 text = pairs["tokens"]
                 token_mask = pairs["token_mask"]
-            # With gradient caching each micro-batch has added its copy of the scale and the bias.
+            # With gradient caching there is one copy of them for each micro-batch; all are equal.
             copy_size = 1 if loss.temperature.logit_bias is None else 2
             scale_and_bias = pairs[f"scale_and_bias/{name}"].view(-1, copy_size).mean(0)
             # ZeRO-3's hooks allow a module to be called only inside the model's own forward.

@@ -43,11 +43,11 @@ class WidthHead(nn.Linear):
 
 
 def match_patches(tokens: Tensor, patches: Tensor) -> Tensor:
-    """Return each token's patch of the highest cosine, int64 [B, M]: equation (2) for the pairs.
+    """Return the patch of its pair that has the highest cosine with each token, int64 [B, M].
 
-    The index has no gradient, so this alone trains no projection. Ties go to the lowest index.
-    Tokens [B, M, D] and patches [B, N, D] are of one projection: by two random ones, matches are
-    random.
+    It is the argmax of equation (2). The index has no gradient, so this alone trains no projection.
+    Ties go to the lowest index. Tokens [B, M, D] and patches [B, N, D] are of one projection: by
+    two random ones, matches are random.
     """
     with torch.no_grad(), full_precision(tokens.device):
         unit_tokens = l2_normalize(upcast(tokens))

@@ -229,7 +229,7 @@ class TextEncoder(nn.Module):
         """`padded`: True if a text of the batch is padded; None: unknown."""
         no_sync = padded is not None and input_ids.is_cuda
         mask = None if no_sync and not padded else attention_mask.long()
-        # "Traced", it builds the mask without a look at its values, which is a CPU-GPU sync.
+        # If it takes itself for traced, it reads no value of the mask: that is a CPU-GPU sync.
         traced = mock.patch.object(masking_utils, "is_tracing", lambda tensor=None: True)
         with traced if no_sync else nullcontext():
             return self.model(input_ids=input_ids, attention_mask=mask).last_hidden_state
@@ -278,7 +278,7 @@ def text_config(
     # No dropout inside the attention: CPUs have no fused attention kernel with dropout.
     rates = {key: 0.0 for key in ATTENTION_DROPOUT if key in values}
     rates |= {key: dropout for key in DROPOUT if key in values}
-    # Build it anew, and not from computed values: some classes compute fields from others.
+    # Build it anew, because some classes compute fields from others.
     base = values if published else {}
     config = config_class(**base | rates | {"use_cache": False} | fields)
     depth = config.num_hidden_layers

@@ -92,7 +92,7 @@ class Student(nn.Module):
         self.text_head: nn.Module = nn.Identity()
         if not has_source and self.text.width != self.width:
             self.text_head = nn.Linear(self.text.width, self.width)
-        # A source's joint space lies above the shared blocks.
+        # With a source, `width` is that of its joint space, which lies above these blocks.
         block_width = self.image.width
         self.shared = nn.ModuleList(SharedBlock(block_width) for _ in range(config.shared_blocks))
         # The encoders' outputs differ in scale before the shared blocks and in mean after them: a
