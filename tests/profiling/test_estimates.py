@@ -137,7 +137,7 @@ def test_the_loss_s_way_decides_what_is_left_of_the_card(monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "rows", lambda *_: [])
     words = ["--H", "128", "--D", "64", "--preset", "tiny", "--json", str(tmp_path / "rows")]
     done = CliRunner().invoke(command, words, catch_exceptions=False)
-    assert "preset tiny on a RTX 3090" in done.output
+    assert "preset tiny on the RTX 3090 24GB" in done.output
     materialised, ours = json.loads((tmp_path / "rows").read_text())
     # Either direction's maxima give all similarities a gradient of their own; autograd holds both before it adds
     # them. The similarities are gone by then, as a maximum keeps indices.
