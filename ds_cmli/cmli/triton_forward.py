@@ -110,7 +110,10 @@ def device_limits(device: torch.device) -> tuple[tuple[int, int], int]:
     if not torch.cuda.is_available():
         return (8, 0), 163 * 1024
     properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor), properties.shared_memory_per_block_optin
+    shared_bytes = getattr(
+        properties, "shared_memory_per_block_optin", properties.shared_memory_per_block
+    )
+    return (properties.major, properties.minor), shared_bytes
 
 
 def may_give_nan(x: Tensor) -> Tensor:
