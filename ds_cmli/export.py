@@ -217,10 +217,11 @@ def write_transformers(folder: Path, config: Config) -> Any:
     library_config.save_pretrained(folder)
     side = config.data.image_size
     square = {"height": side, "width": side}
-    processor: Any = SiglipImageProcessor(size=square, **options)
     if config.data.resize == "shortest":
         sizes = {"size": {"shortest_edge": side}, "crop_size": square}
-        processor = CLIPImageProcessor(**sizes, **options)
+        processor: Any = CLIPImageProcessor(**sizes, **options)
+    else:
+        processor = SiglipImageProcessor(size=square, **options)
     processor.save_pretrained(folder)
     return model
 

@@ -74,6 +74,7 @@ MISTAKES = [
     ("train --set 'optim.lr_factors={{\"text\": 0.1'", "optim.lr_factors is '{\"text\": 0.1': Input should be a valid"),
     ("train --plugin nowhere.at_all", "nowhere"),
     ("train --profile 30:31", "--profile"),
+    (JSON, "ds.json"),
     (JSON, "ds.json", ds_json('{"fp16": ')),
     (JSON, "ds.json: ValueError: Duplicate keys", ds_json('{"zero_optimization": {"stage": 1, "stage": 2}}')),
     (JSON, "ds.json", ds_json(f'{{"fp16": {"[" * 3000}')),

@@ -151,12 +151,13 @@ def statement_changes(node: ast.stmt) -> Iterator[tuple[str, ast.AST, str]]:
 def mutants_of(path: Path) -> list[RandomMutant]:
     """Return each mistake that can be made in a file, outside of annotations and docstrings."""
     text = path.read_text("utf-8")
+    lines = text.splitlines()
     mutants: list[RandomMutant] = []
 
     def add(kind: str, node: Any, new: str) -> None:
         old = ast.get_source_segment(text, node) or ""
         place = node.lineno, node.end_lineno, node.col_offset, node.end_col_offset
-        line = text.splitlines()[node.lineno - 1]
+        line = lines[node.lineno - 1]
         mutants.append(RandomMutant(str(path.relative_to(ROOT)), *place, kind, old, new, line))
 
     def visit(node: ast.AST) -> None:

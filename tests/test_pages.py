@@ -23,6 +23,7 @@ from ds_cmli.config.comparison import FREE_DATA
 from ds_cmli.config.presets import PRESETS, load_preset
 from ds_cmli.config.registry import LOSSES
 from ds_cmli.config.schema import SECTIONS
+from ds_cmli.data import assets
 from ds_cmli.evaluate import __main__ as evaluate
 from ds_cmli.memory import command as memory
 from tests.ranks import ROOT
@@ -193,6 +194,13 @@ def test_settings_that_may_change_are_those_of_the_code():
     text = " ".join((ROOT / "docs" / "checkpoints.md").read_text("utf-8").split())
     sentence = re.search(r"all settings of `data` except ([^.]*(?:\.\w[^.]*)*)\. ", text)
     assert sentence and set(re.findall(r"`data\.(\w+)`", sentence[1])) == FREE_DATA
+
+
+def test_packages_of_the_demos_assets():
+    (rows,) = [rows for header, rows in tables(ROOT / "docs" / "install.md") if header[0] == "asset"]
+    source = Path(assets.__file__).read_text("utf-8")
+    for asset, package, _ in rows:
+        assert f'"{package.strip("`")}' in source, f"no demo asset comes from {package} ({asset})"
 
 
 def evaluated(expression: str) -> object:

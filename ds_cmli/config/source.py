@@ -105,7 +105,12 @@ class ModelSource:
             return self.local_folder
         from huggingface_hub import snapshot_download
 
-        names = [MODEL_CONFIG, OPEN_CLIP_CONFIG, "*processor_config.json"]
+        names = [
+            MODEL_CONFIG,
+            OPEN_CLIP_CONFIG,
+            "preprocessor_config.json",
+            "processor_config.json",
+        ]
         fetched = f"the JSON of {self.bare_name}"  # weights are fetched later, by their own name
         with self.blame("no such file or folder, nor on the hub"), loading(True, fetched):
             return Path(snapshot_download(self.bare_name, allow_patterns=names))

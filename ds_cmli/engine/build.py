@@ -127,11 +127,11 @@ def build(
         print_line(starting_line(config.student, objective, config.data.image_size))
     torch.manual_seed(config.run.seed + distributed.rank())  # dropout differs between ranks
     wrap_blocks(config, ds_config, student, teacher)
-    frozen = {}
-    if distributed.is_main():  # before DeepSpeed casts them
-        frozen = {
-            n: p.detach().clone() for n, p in objective.named_parameters() if not p.requires_grad
-        }
+    frozen = {}  # before DeepSpeed casts them
+    if distributed.is_main():
+        for name, parameter in objective.named_parameters():
+            if not parameter.requires_grad:
+                frozen[name] = parameter.detach().clone()
     cast_buffers(student.image, dtype)
 
     # --- DeepSpeed
@@ -148,7 +148,8 @@ def build(
     content = copy.deepcopy(dict(ds_config))
     if not content.get("steps_per_print"):
         # The timer whose lines it would print waits for the GPU twice a micro-batch.
-        content.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
+        throughput = content.setdefault("timers", {}).setdefault("throughput", {})
+        throughput.setdefault("enabled", False)
     with blame("DeepSpeed refuses the configuration"):
         engine, *_ = deepspeed.initialize(
             model=objective, model_parameters=groups, config=content, lr_scheduler=scheduler

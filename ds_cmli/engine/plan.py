@@ -53,8 +53,9 @@ def make_plan(
     """Plan a run, and print how its batch is made up.
 
     Returns the JSON without "auto" values, the order of the training set's samples with the
-    position in it, and the number of optimizer steps. Raises `UserError` if
-    the batch sizes contradict each other or exceed the data.
+    position in it, and the number of optimizer steps.
+
+    Raises `UserError` if the batch sizes contradict each other or exceed the data.
     """
     rank = int(os.environ["RANK"])
     num_ranks = int(os.environ["WORLD_SIZE"])

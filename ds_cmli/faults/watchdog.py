@@ -48,6 +48,7 @@ class Verdict(NamedTuple):
     """Rank 0's decision, published for all ranks."""
 
     turn: int = -1  # number of the publication
+    deputy: int = 1  # the rank that prints if rank 0 is silent: the first one of another node
     exit_code: int = 0  # with which all ranks end; 0: they go on
     root_state: Sequence = ()  # of rank 0
 
@@ -184,9 +185,11 @@ class Watchdog:
         for rank, record in enumerate(records):
             turn, *values = json.loads(published[rank]) if rank in published else [-1]
             record.update(turn, RankState(*values) if values else None, self.interval)
+        distant = [r for r, x in enumerate(records) if x.state and x.state.node != this_node()]
+        deputy = distant[0] if distant else 1
         fault = diagnose(records, self.timeout)
         exit_code = 0 if fault is None else fault.exit_code
-        self.verdict = Verdict(self.turn, exit_code, records[0].state or ())
+        self.verdict = Verdict(self.turn, deputy, exit_code, records[0].state or ())
         store.set(VERDICT, json.dumps(self.verdict))
         if fault is not None:
             self._end(fault)
@@ -214,10 +217,10 @@ class Watchdog:
                 reason = f"no progress for {limit:g} s, dead or stopped"
             else:
                 continue
-            prints = self.rank == self.num_ranks - 1  # of several nodes, it is not on rank 0's
+            is_deputy = self.rank == min(verdict.deputy, self.num_ranks - 1)  # 0 if it is alone
             root_state = RankState(*verdict.root_state) if verdict.root_state else None
             line = rank_line(0, root_state, reason)
-            self._end(Fault(line if prints else "", FAULT_EXIT_CODE))
+            self._end(Fault(line if is_deputy else "", FAULT_EXIT_CODE))
 
     def _end(self, fault: Fault) -> None:
         """Print the line of a fault, and end the process."""

@@ -129,7 +129,7 @@ class Objective(nn.Module):
 
         CPU-GPU sync; collective if ZeRO-3 partitions the temperatures.
         """
-        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+        import deepspeed
 
         temperatures = {
             name: cast(Temperature, loss.temperature)
@@ -139,7 +139,8 @@ class Objective(nn.Module):
         parameters = [p for module in temperatures.values() for p in module.parameters()]
         are_partitioned = any(hasattr(p, "ds_id") for p in parameters)
         scales = {}
-        with torch.no_grad(), GatheredParameters(parameters, enabled=are_partitioned):  # collective
+        gathered = deepspeed.zero.GatheredParameters(parameters, enabled=are_partitioned)
+        with torch.no_grad(), gathered:  # collective
             for name, module in temperatures.items():
                 scale, *_ = module.forward()
                 scales[name] = scale.item()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ds_cmli.commands import run_command
+from ds_cmli.commands import noun, run_command
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import ConfigCommand
 from ds_cmli.config.presets import load_preset
@@ -162,8 +162,9 @@ def sentence(report: Report, gpu: Gpu) -> str:
     occupied = report.totals["device"]
     occupied_gb, available, difference = gigabytes(occupied, total, abs(occupied - total))
     setting = report.setting
-    num_gpus = "1 GPU" if setting["world_size"] == 1 else f"{setting['world_size']} GPUs"
-    step = f"micro-batch {setting['micro_batch']} with ZeRO-{setting['zero_stage']} over {num_gpus}"
+    num_gpus = setting["world_size"]
+    step = f"micro-batch {setting['micro_batch']} with ZeRO-{setting['zero_stage']}"
+    step += f" over {num_gpus} {noun(num_gpus, 'GPU')}"
     if setting.get("rank"):
         step += f" (rank {setting['rank']}, which needs the most)"
     needs = f"{step} needs {occupied_gb} GB"

@@ -128,8 +128,9 @@ def show(report: Report) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    setting = report.setting.items()
-    settings = [f"{name.replace('_', ' ')} {_plain(value)}" for name, value in setting]
+    settings = []
+    for name, value in report.setting.items():
+        settings.append(f"{name.replace('_', ' ')} {_plain(value)}")
     rank = report.setting.get("rank", 0)
     console.print(f"\nMemory of rank {rank}, {report.source}: {', '.join(settings)}")
     requested = max(report.totals["requested"], 1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ds_cmli.cmli.exchange import num_ranks
 from ds_cmli.cmli.normalize import l2_normalize
+from ds_cmli.commands import noun
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import DEFAULT_JSON
 from ds_cmli.config.presets import load_preset
@@ -167,8 +168,8 @@ def whole_step(preset: str, world_size: int, gpu: Gpu, measures: bool) -> tuple[
         size = vars(report)[part][name]
         counted = None if measurement is None else vars(measurement)[part].get(name)
         rows.append([line, in_gigabytes(size), count(size), count(counted)])
-    ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
-    title = f"The whole step: preset {preset} on the {gpu.name}, {ranks}"
+    ranks = noun(world_size, "rank")
+    title = f"The whole step: preset {preset} on the {gpu.name}, {world_size} {ranks}"
     table = section(title, ["", "GB", "predicted B", "measured B"], rows)
     sentence = f"{title}: predicted {requested:,} B ({in_gigabytes(requested)} GB), {result}."
     return sentence, table

@@ -54,8 +54,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(content[: len(content) // 2] if is_cut_off else content)
+            # Counted first: who has read the answer may look at the number at once.
             server.fetched[file.name] += not is_cut_off
+            self.wfile.write(content[: len(content) // 2] if is_cut_off else content)
 
     do_HEAD = do_GET
 

@@ -15,17 +15,24 @@ from ds_cmli.errors import UserError
 USUAL: dict[str, dict[str, Any]] = json.loads("""{
     "": {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2,
         "gradient_clipping": 0.5, "communication_data_type": "fp32", "gradient_allreduce_op": "sum",
-        "gradient_predivide_factor": 2.0, "wall_clock_breakdown": true, "steps_per_print": 1, "log_level": "warning",
-        "pipeline": {"enabled": false}, "aio": {"block_size": 5}, "elasticity": null, "amp": {"enabled": true}},
-    "zero_optimization": {"stage": 2, "overlap_comm": true, "cpu_offload": false, "reduce_bucket_size": 5e7,
-        "allgather_bucket_size": 1000, "stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": 1e4,
-        "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "none", "pin_memory": true},
-        "leaf_module": {"names": ["blocks"]}, "mics_shard_size": 1},
+        "gradient_predivide_factor": 2.0, "prescale_gradients": true, "zero_allow_untested_optimizer": true,
+        "zero_force_ds_cpu_optimizer": false, "wall_clock_breakdown": true, "memory_breakdown": true, "steps_per_print":
+        1, "dump_state": true, "disable_python_gc": true, "log_level": "warning", "pipeline": {"enabled": false}, "aio":
+        {"block_size": 5}, "elasticity": null, "amp": {"enabled": true}},
+    "zero_optimization": {"stage": 2, "overlap_comm": true, "reduce_scatter": false, "cpu_offload": false,
+        "contiguous_gradients": false, "reduce_bucket_size": 5e7, "allgather_bucket_size": 1000, "allgather_partitions":
+        false, "round_robin_gradients": true, "sub_group_size": 1000, "ignore_unused_parameters": false,
+        "load_from_fp32_weights": false, "parameter_alignment": true, "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": 1e4, "stage3_max_live_parameters": 1e9,
+        "stage3_gather_16bit_weights_on_model_save": true, "offload_optimizer": {"device": "cpu"}, "offload_param":
+        {"device": "none", "pin_memory": true}, "elastic_checkpoint": false, "compute_grad_norm": true,
+        "memory_efficient_linear": false, "leaf_module": {"names": ["blocks"]}, "mics_shard_size": 1},
     "bf16": {"enabled": true, "immediate_grad_update": true, "check_grad_overflow": true},
     "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 100, "hysteresis": 2, "min_loss_scale": 1},
     "optimizer": {"type": "AdamW", "legacy_fusion": true},
     "optimizer.params": {"lr": 1e-3, "betas": [0.9, 0.98], "eps": 1e-8, "weight_decay": 0.01, "amsgrad": true,
-        "fused": true, "maximize": true, "torch_adam": true, "adam_w_mode": false, "momentum": 0.9},
+        "foreach": true, "fused": true, "maximize": true, "torch_adam": true, "adam_w_mode": false, "capturable": true,
+        "momentum": 0.9},
     "scheduler": {"type": "WarmupLR"},
     "scheduler.params": {"warmup_min_lr": 0, "warmup_max_lr": 1e-3, "warmup_num_steps": 10, "warmup_type": "linear",
         "total_num_steps": "auto", "last_batch_iteration": -1},
@@ -36,7 +43,9 @@ USUAL: dict[str, dict[str, Any]] = json.loads("""{
     "flops_profiler": {"enabled": true, "profile_step": 1, "module_depth": -1, "top_modules": 1, "detailed": false},
     "comms_logger": {"enabled": true, "verbose": false, "prof_all": true, "debug": false},
     "timers": {"throughput": {"enabled": true, "synchronized": false}},
-    "tensorboard": {"enabled": false, "output_path": "logs", "job_name": "x"}
+    "tensorboard": {"enabled": false, "output_path": "logs", "job_name": "x"},
+    "csv_monitor": {"enabled": false, "output_path": "logs"},
+    "wandb": {"enabled": false, "project": "x"}
 }""")
 KINDS = {
     "optimizer": ("Adam", "adamw", "SGD", "RMSprop", "NAdam", "Adamax", "ASGD", "Adafactor", "Lion", "LBFGS", "", 3),

@@ -27,6 +27,7 @@ def tiny(**optim) -> Config:
 
 
 MISTAKES = [
+    ({"zero_optimization": {"stage": 2, "stge": 2}}, "stge"),
     ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0: known: 1, 2, 3"),
     ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device is"),
     ({"fp16": {"loss_scale": 0}}, "fp16.enabled is missing"),
@@ -37,7 +38,7 @@ MISTAKES = [
     ({"scheduler": {"type": "WarmupLR", "params": {"warmup_steps": 3}}}, "'warmup_steps'"),
     (
         {"activation_checkpointing": {"cpu_checkpointing": True}},
-        ".cpu_checkpointing is True: PyTorch recomputes blocks",
+        "activation_checkpointing.cpu_checkpointing is True: PyTorch",
     ),
     ({"gradient_clipping": -1}, "gradient_clipping is -1"),
     ({"comms_logger": "auto"}, "comms_logger is 'auto'"),
@@ -45,8 +46,10 @@ MISTAKES = [
     ({"zero_optimization": {"stage": 2, "overlap_comm": "auto"}}, "zero_optimization.overlap_comm is 'auto'"),
     ({"optimizer": {"type": "AdamW", "lr": 5.0}}, "key of optimizer is 'lr': known: params, type"),
     ({"data_types": {"grad_acum_dtype": "fp32"}}, "did you mean 'grad_accum_dtype'?"),
+    ({"torch_autocast": {"enabled": True, "dytpe": "bf16"}}, "did you mean 'dtype'?"),
     ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal is True: it has no effect here"),
     ({"flops_profiler": {"profile_step": 0}}, "flops_profiler.profile_step is 0"),
+    ({"timers": ""}, "timers is '': Input should be an object"),
     ({"gradient_accumulation_steps": 10**30}, "Input should be less than or equal to 1000000"),
     ({"gradient_clipping": float("nan")}, "gradient_clipping is nan: Input should be a finite number"),
     ({"fp16": {"enabled": True, "initial_scale_power": 10**9}}, "fp16.initial_scale_power is 1000000000: "),
@@ -56,6 +59,7 @@ MISTAKES = [
             ({"betas": [0.9, 0.98, 0.99]}, "optimizer.params.betas is [0.9, 0.98, 0.99]: Tuple should have at most 2"),
             ({"betas": [0.9, 1.5]}, "optimizer.params is {"),
             ({"lr": 0}, "optimizer.params.lr is 0: Input should be greater than 0"),
+            ({"lr": float("inf")}, "optimizer.params.lr is inf: Input should be a finite number"),
             ({"torch_adam": "no"}, "optimizer.params.torch_adam is 'no': Input should be a valid boolean"),
             ({"differentiable": True}, "optimizer.params is {"),
         ]

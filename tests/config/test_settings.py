@@ -93,7 +93,10 @@ def test_no_setting_takes_a_value_of_a_wrong_type(name):
 
 
 MISTAKES = [
-    ({"data": {"augmentation": {"flip": 1.0}}}, "data.augmentation.flip.[key] is 'flip': Input should be 'random_"),
+    (
+        {"data": {"augmentation": {"flip": 1.0}}},
+        "data.augmentation.flip.[key] is 'flip': Input should be 'random_resized_crop', ",
+    ),
     ({"data": {"source": 3}}, "is 3: Input should be a valid string"),
     ({"loss": {"weights": {"cmli": "a"}}}, "loss.weights.cmli is 'a': Input should be a valid number"),
     ({"optim": {"negatives": 3}}, "optim.negatives is 3: Input should be 'micro_batch' or 'global_batch'"),

@@ -1,6 +1,7 @@
 """A mistake is printed once for all ranks, by the lowest rank that has met it."""
 
 import sys
+from collections.abc import Iterator
 from unittest import mock
 
 import click
@@ -42,14 +43,19 @@ CASES = {  # ranks with the mistake, whether the processes have met, and the lin
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory) -> dict:
+def jobs(tmp_path_factory) -> Iterator[dict]:
     """The log and the processes of each case's job. All run at once, because they mostly wait."""
     folder = tmp_path_factory.mktemp("jobs")
     logs = [folder / str(number) for number in range(len(CASES))]
-    return {
+    started = {
         case: (log, start_function(train, 3, log, *case, SLURMD_NODENAME="n7"))
         for case, log in zip(CASES, logs, strict=True)
     }
+    yield started
+    for _, processes in started.values():
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -59,8 +65,5 @@ def test_the_lowest_rank_that_has_a_mistake_prints_it(jobs, case):
     for rank in ranks_with_mistake:
         processes[rank].join(60)
     codes = [processes[rank].exitcode for rank in ranks_with_mistake]
-    for process in processes:
-        process.kill()
-        process.join()
     assert {*codes} == {2}, log.read_text()
     assert [text for text in log.read_text().splitlines() if text.startswith("error: ")] == [CASES[case]]

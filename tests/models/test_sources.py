@@ -192,6 +192,7 @@ def test_the_preset_trains_a_source_in_bf16_at_zero_2(kind, more, folders, sourc
     assert len(lines) == 3 and all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
     back = sources.export(run, tmp_path / "back", "--as", sources.library_of(kind))
     moved = moved_weights(folders(kind), back)
+    assert sources.library_weights(back).keys() == sources.library_weights(folders(kind)).keys()
     assert "logit_scale" in moved
     if more is LORA:  # the rest of an encoder with adapters is frozen
         adapted = ("q_proj.weight", "v_proj.weight", "fc1.weight")

@@ -116,7 +116,10 @@ def test_the_command_measures_what_it_predicts(tmp_path):
         assert row["measured_on"] == "CPU allocator, forward", "no gradient passes a match"
     assert [row["measured_bytes"] for row in rows[:2]] == [98_304_000, 768_000]
     page = (tmp_path / "page").read_text()
-    assert "\n- E3, Target-CMLI: the estimate is 1.64 GB; 128 times too much" in page
+    first, second, *_ = page.split("\n- ")[1:]
+    assert first.startswith("E3: from the estimates of GPU memory in a draft of Tim Cares' Master's thesis (2024)")
+    assert "96 image-text pairs on each of 2 GPUs. Do they hold" in first
+    assert second.startswith("E3, Target-CMLI: the estimate is 1.64 GB; 128 times too much")
     assert "| E3 |" in page and "| E3 broadcast | 0.098 |" in page
     trials = done.stderr.splitlines()
     assert trials[0] == "trial 1 of 3: E3 broadcast"

@@ -23,6 +23,10 @@ USUAL_COLUMNS = {
     "image": {*IMAGE_FILE_COLUMNS, "jpg", "png", "image_bytes", "bytes"},
     "caption": {"title", "caption", "captions", "text", "sentences"},
 }
+COLUMN_SETTINGS = {
+    "image": "data.image_key (--csv-img-key)",
+    "caption": "data.caption_key (--csv-caption-key)",
+}
 
 # The text, or if `data.caption_weights` is given: the column or key, and the text.
 Caption = str | tuple[str, str]
@@ -82,7 +86,6 @@ def find_column(columns: Iterable[str], kind: Literal["image", "caption"]) -> st
     # The names of Hugging Face's imagefolder come before others.
     names = [name for name in names if name in ("file_name", "text")] or names
     if len(names) != 1:
-        setting = f"data.{kind}_key (--csv-{'img' if kind == 'image' else kind}-key)"
-        need = f"give {setting}; columns are separated by tabs or commas"
+        need = f"give {COLUMN_SETTINGS[kind]}; columns are separated by tabs or commas"
         raise ValueError(f"the columns are {', '.join(columns)}: {need}")
     return names[0]
