@@ -33,7 +33,7 @@ from ds_cmli.files import read_json
 
 LOCK = "run.lock"
 LOCK_TOUCH_SECONDS = 15.0  # between two touches of the lock
-LEASE_SECONDS = 180.0  # another node's holder has ended after so long; NFS shows a touch 60 s late
+LEASE_SECONDS = 180.0  # untouched for so long, another node's holder has ended; NFS is 60 s late
 JOB = "DS_CMLI_JOB"  # variable that names the job where another scheduler than Slurm restarts it
 
 
@@ -52,7 +52,7 @@ def run_folder(config: Config, resume: str) -> Iterator[Path]:
     with written_together(base):  # collective
         if distributed.is_main():
             numbers = itertools.count(2)
-            while not output_dir and folder.exists():  # of another start in this second
+            while not output_dir and folder.exists():  # another start made it in this second
                 folder = base.with_name(f"{base.name}.{next(numbers)}")
             made_folders += [path for path in (folder, *folder.parents) if not path.exists()]
             folder.mkdir(parents=True, exist_ok=True)
@@ -90,13 +90,13 @@ class Holder:
             return cls(**read_json(path))
         return None
 
-    def is_running(self, start: "Holder", seconds_since_touch: float) -> bool:
-        """Return True if this holder still runs, as far as `start` can tell."""
+    def is_running(self, new_holder: "Holder", seconds_since_touch: float) -> bool:
+        """Return True if this holder still runs, as far as `new_holder` can tell."""
         job, restart = self.job
-        start_job, start_restart = start.job
-        if job is not None and job == start_job and restart != start_restart:
+        new_job, new_restart = new_holder.job
+        if job is not None and job == new_job and restart != new_restart:
             return False  # an earlier start of the same job, which its scheduler has ended
-        if self.host != start.host:
+        if self.host != new_holder.host:
             return seconds_since_touch < LEASE_SECONDS
         try:
             process = psutil.Process(self.pid)
@@ -125,7 +125,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     with written_together(folder):  # collective
         if distributed.is_main():
             _take(path, holder)
-            # By its descriptor the file is this holder's, also after another start has replaced it.
+            # The descriptor stays that of this holder's file, also if another start replaces it.
             descriptor = os.open(path, os.O_RDWR)
             threading.Thread(target=touch_lock, args=[descriptor], daemon=True).start()
     try:

@@ -101,7 +101,7 @@ class Checkpoints:
         return f"checkpoint {name}: {num_bytes / 1e6:.1f} MB in {seconds:.2f} s"
 
     def _write(self, writer: CheckpointWriter, checkpoint: Path, state: TrainState) -> None:
-        """Collective."""
+        """Write the files of a checkpoint into the folder `checkpoint`. Collective."""
         engine = self.engine.engine
         engine.checkpoint_engine = writer
         # DeepSpeed would copy its script that converts the weights into each checkpoint.

@@ -218,7 +218,8 @@ class RunStart:
 
     def is_whole(self) -> bool:
         """Return True if model files and configuration are there and up to date. Collective."""
-        whole = not self._outdated_models() and (self.folder / MODEL_CONFIG).is_file()
+        outdated = self._outdated_models()  # collective
+        whole = not outdated and (self.folder / MODEL_CONFIG).is_file()
         return distributed.broadcast_object(whole)  # collective
 
     def restore(

@@ -138,7 +138,7 @@ def add_feature_gradients(
         kernels.backward(sides, d_scores, (token_argmax, patch_argmax), (d_image, d_text))
 
 
-# PyTorch calls it with the arguments of `score_pairs`, on tensors without data.
+# Called with the arguments of `score_pairs`: by it, and by PyTorch on tensors without data.
 def _empty_results(image, text, token_mask, patch_mask, backend, keep_argmax):
     num_images, num_patches, _ = image.shape
     num_texts, num_tokens, _ = text.shape
@@ -228,7 +228,7 @@ def choose_kernels(sides: Sides, backend: str) -> Kernels:
     elif name == "triton" and device.type != "cuda" and not INTERPRETED:
         why_not = f"the features are on {device}"
     elif name == "triton" and device.type == "cuda" and has_data(sides.image):
-        # One trial serves all sizes that round to the same powers of two, as the tiles do.
+        # Tiles depend on sizes rounded up to powers of two, so one trial serves all such sizes.
         N = power_of_two(sides.image.shape[1])
         M = power_of_two(sides.text.shape[1])
         why_not = why_not_triton(device, sides.image.dtype, N, M, sides.image.shape[2])

@@ -29,7 +29,7 @@ UNUSED_KEYS = words("""
 ONE_RATE = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR")
 BETAS = (0.9, 0.98)  # "auto" of Adam, as the next
 EPS = 1e-6
-TRIAL_STEPS = 1000  # of the run, and the width of the model, by which a JSON is checked
+TRIAL_STEPS = 1000  # run length and model width, with which "auto" is filled to check a JSON
 TRIAL_WIDTH = 64
 
 

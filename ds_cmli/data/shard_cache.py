@@ -60,7 +60,7 @@ class LostShard(ValueError):
     samples counted as bad, a start that can fetch the shard would train on others.
     """
 
-    num_samples = 1  # of the shard
+    num_samples = 1  # of the shard; `CopiedTars.open_shard` sets it
 
 
 def shards_folder() -> Path:

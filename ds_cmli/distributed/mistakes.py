@@ -11,7 +11,7 @@ MEETING_SECONDS = 5.0  # in which the ranks that have a mistake enter it
 
 
 def lowest_rank() -> int:
-    """Return the lowest rank that calls this, as each with a mistake does; 0 outside a launch."""
+    """Return the lowest rank with a mistake, each of which calls this; 0 outside a launch."""
     try:
         rank = int(os.environ["RANK"])
         num_ranks = int(os.environ["WORLD_SIZE"])
@@ -27,8 +27,8 @@ def lowest_rank() -> int:
     from ds_cmli.distributed import process_group
 
     key = f"ds_cmli/mistakes/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # which holds the store
-    is_open = process_group.launch_store.cache_info().currsize > 0  # ranks have met
+    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # it holds the store
+    is_open = process_group.launch_store.cache_info().currsize > 0  # it was reached before
     try:
         store = dist.TCPStore(
             address,
@@ -42,12 +42,13 @@ def lowest_rank() -> int:
         store.append(key, f"{rank} ")  # type: ignore[attr-defined]
         entered = {rank}
         end = time.monotonic() + MEETING_SECONDS
-        # Rank 0 may hold the store, and waits for all ranks. The others may go once it has entered.
+        # Rank 0 may hold the store: it waits for all ranks. Another stops once rank 0 has entered.
         while (
             time.monotonic() < end and len(entered) < num_ranks and (rank == 0 or 0 not in entered)
         ):
             time.sleep(0.1)
             entered = {int(number) for number in store.get(key).split()}
         return min(entered)
-    except RuntimeError:  # rank 0 is not there, or it has ended and printed its own mistake
+    except RuntimeError:
+        # If the store was open, rank 0 has ended and printed its mistake; else it is not there.
         return 0 if is_open else rank

@@ -42,8 +42,7 @@ def init() -> torch.device:
             store = launch_store(rank, num_ranks, address, os.environ["MASTER_PORT"])
             num_groups_before = (store.add("ds_cmli", 1) - 1) // num_ranks
             store = dist.PrefixStore(f"ds_cmli/{num_groups_before}", store)
-        # gloo connects two ranks when one sends to the other. Otherwise each rank would hold a
-        # connection to every other one.
+        # With this, gloo connects two ranks only when one sends to the other, and not all pairs.
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
         dist.init_process_group(  # collective
             "nccl" if device.type == "cuda" else "gloo",
@@ -51,7 +50,7 @@ def init() -> torch.device:
             rank=rank,
             world_size=num_ranks,
             timeout=TIMEOUT,
-            # NCCL connects at once, and each group that is made later when it is made.
+            # NCCL connects now; a later group connects when it is made.
             device_id=device if device.type == "cuda" else None,
         )
         CollectiveFlags().any(False)  # collective: a rank that cannot be reached is an error here
@@ -143,8 +142,8 @@ def gather_tensors(tensors: list[Tensor]) -> list[list[Tensor]]:
     gathered: list[list[Tensor]] = [[] for _ in layouts]
     for bytes_of_rank, layout, result in zip(received, layouts, gathered, strict=True):
         sizes = [size for size, _, _ in layout]
-        parts = bytes_of_rank[: sum(sizes)].cpu().split(sizes)  # CPU-GPU sync
-        for part, (_, dtype, shape) in zip(parts, layout, strict=True):
+        received_parts = bytes_of_rank[: sum(sizes)].cpu().split(sizes)  # CPU-GPU sync
+        for part, (_, dtype, shape) in zip(received_parts, layout, strict=True):
             # A copy begins at a multiple of the elements' size, as `view` needs it.
             result.append(part.clone().view(dtype).view(shape))
     return gathered
@@ -220,14 +219,14 @@ class SpacedFlag:
     def __init__(self, flags: CollectiveFlags, seconds: float = 5.0):
         self.flags = flags
         self.seconds = seconds
-        self.rounds_between = 1  # exchanges
+        self.rounds_between = 1  # from one exchange to the next
         self.rounds_left = 1
         self.exchanged_at = time.monotonic()
 
     def any(self, flag: bool) -> bool:
-        """Return True if the flag is set on any rank, in the rounds in which ranks exchange it.
+        """Return True if the flag is set on any rank; between two exchanges, return False.
 
-        All ranks call it equally often. Collective in these rounds.
+        All ranks call it equally often. Collective in the rounds with an exchange.
         """
         self.rounds_left -= 1
         if self.rounds_left > 0:

@@ -81,8 +81,8 @@ class CMLIModel(transformers.PreTrainedModel):
     def __init__(self, config: CMLIConfig):
         super().__init__(config)
         settings: Any = config.settings
-        # transformers builds on meta and in the user's precision: there, encoders cannot compute
-        # their constants, nor random weights.
+        # transformers builds on meta and in the user's precision. Encoders need the CPU and fp32 to
+        # compute their constants and random weights.
         precision = torch.get_default_dtype()
         with torch.device("cpu"), local_torch_dtype(torch.float32):
             student = Student(
