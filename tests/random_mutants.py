@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from coverage import CoverageData
+from coverage.exceptions import DataError
 
 from tests import mutations
 
@@ -238,7 +239,10 @@ def executed(kept: Path, jobs: int) -> Executed:
             seconds = dict(zip(files, threads.map(partial(record, folder), files), strict=True))
             for path in folder.glob(".coverage.*"):
                 recorded = CoverageData(str(path))
-                recorded.read()
+                try:
+                    recorded.read()
+                except DataError:  # of a process that a test has killed while it wrote
+                    continue
                 for file in recorded.measured_files():
                     for line, contexts in recorded.contexts_by_lineno(file).items():
                         tests[str(Path(file).relative_to(folder))][line] |= set(contexts) - {""}
