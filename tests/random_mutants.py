@@ -46,10 +46,14 @@ EQUIVALENT = {
     "ds_cmli/cmli/cpu.py: argument: max(N, M) -> (max(M, N))": SYMMETRIC,
     "ds_cmli/cmli/op.py: argument: Sides(image, text, token_mask) -> (Sides(text, image, token_mask))": GPU,
     "ds_cmli/cmli/triton_forward.py: argument: tl.range(begin, end, num_stages=STAGES) -> (tl.range(begin, end))": GPU,
+    'ds_cmli/cmli/op.py: constant: message = next((line for line in lines if "error" in line), " ".join(lines[:1]))'
+    " -> 2": GPU,
     "ds_cmli/config/source.py: argument: max(context_length, text.max_position_embeddings)"
     " -> (max(text.max_position_embeddings, context_length))": SYMMETRIC,
     "ds_cmli/data/held_out.py: constant: numbers = x ^ (x >> np.uint64(31)) -> 32": "the lowest bits decide nothing",
     "ds_cmli/data/order.py: constant: num_ahead = 0 -> 1": "the full order announces epochs",
+    "ds_cmli/data/order.py: constant: for source, turn in set(zip(sources.tolist(), turns.tolist(), strict=True)):"
+    " -> False": "both are of one batch",
     "ds_cmli/data/shard_cache.py: argument: file.unlink(missing_ok=True) -> (file.unlink())": "a race of two processes",
     "ds_cmli/data/shard_cache.py: constant: FORGET_SECONDS = 60.0 -> 61.0": "a pause",
     "ds_cmli/data/shard_cache.py: constant: IN_USE_SECONDS = 60.0 -> 61.0": "a pause",
@@ -59,6 +63,7 @@ EQUIVALENT = {
     "ds_cmli/distributed/process_group.py: condition: moved is not values -> not (moved is not values)": GPU,
     "ds_cmli/distributed/process_group.py: deleted: torch.cuda.set_device(device) -> pass": GPU,
     "ds_cmli/engine/ema.py: constant: CHUNK = 2**22 -> 23": "elements that are swapped at a time",
+    "ds_cmli/engine/train_engine.py: constant: return 1.0 -> 2.0": "a loss scale is divided out again",
     "ds_cmli/evaluate/embed.py: deleted: one_attention_on_all_gpus() -> pass": GPU,
     "ds_cmli/evaluate/match_map.py: constant: GAP = 14 -> 15": "how wide a gap looks best",
     "ds_cmli/fake_cuda/kernels.py: deleted: warnings.filterwarnings("
@@ -75,6 +80,7 @@ EQUIVALENT = {
     'ds_cmli/memory/report.py: constant: requested = max(report.totals["requested"], 1)'
     " -> 2": "a step needs more bytes",
     "ds_cmli/memory_model/gpus.py: argument: dataclass(frozen=True) -> (dataclass())": "nothing changes a Gpu",
+    "ds_cmli/memory_model/workspaces.py: constant: SCAN = 1279 -> 1280": "memory is given in blocks of 512 bytes",
     "ds_cmli/models/encoders.py: comparison: padded is not None -> (padded is None)": GPU,
 }
 

@@ -4,7 +4,7 @@ import pytest
 
 from tests.mutations import MUTANTS, ROOT, TESTS, mutated
 
-MAX_LINES = {"ds_cmli": 18_480, "tests": 12_200}  # of Python
+MAX_LINES = {"ds_cmli": 18_480, "tests": 12_220}  # of Python
 MAX_FILE_LINES = 500
 
 

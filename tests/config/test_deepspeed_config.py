@@ -37,6 +37,10 @@ MISTAKES = [
     ({"optimizer": {"type": "AdamW", "params": {"weigth_decay": 0.1}}}, "'weigth_decay'"),
     ({"scheduler": {"type": "WarmupLR", "params": {"warmup_steps": 3}}}, "'warmup_steps'"),
     (
+        {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": -3}}},
+        "scheduler.params.warmup_num_steps is -3",
+    ),
+    (
         {"activation_checkpointing": {"cpu_checkpointing": True}},
         "activation_checkpointing.cpu_checkpointing is True: PyTorch",
     ),

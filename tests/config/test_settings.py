@@ -100,6 +100,7 @@ MISTAKES = [
     ({"data": {"source": 3}}, "is 3: Input should be a valid string"),
     ({"loss": {"weights": {"cmli": "a"}}}, "loss.weights.cmli is 'a': Input should be a valid number"),
     ({"optim": {"negatives": 3}}, "optim.negatives is 3: Input should be 'micro_batch' or 'global_batch'"),
+    ({"run": {"best_by": "zero_shot"}}, "run.best_by is 'zero_shot': give folders of classes by run.zero_shot"),
     ({"studnt": {}}, "section of settings is 'studnt': did you mean 'student'?"),
     ({"preset": "tiny"}, "section of settings is 'preset': did you mean run.preset?"),
     ({"student": 3}, "student is 3: give a mapping of settings"),

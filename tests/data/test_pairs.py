@@ -2,12 +2,13 @@ import json
 import random
 from itertools import chain
 from types import SimpleNamespace
+from unittest import mock
 
 import datasets
 import numpy as np
 import pytest
 
-from ds_cmli.data.pairs import BadSamples, Images
+from ds_cmli.data.pairs import BadSamples, EvalPairs, Images
 from ds_cmli.data.sampler import Draw
 from ds_cmli.errors import UserError
 from tests import make
@@ -112,6 +113,13 @@ def test_an_image_without_a_caption_of_words_has_an_error_that_says_so():
     images = Images({"list": (SimpleNamespace(captions=lambda index: ["", None, " \t", ("long", "")]), range(1))})
     with pytest.raises(ValueError, match="empty caption"):
         images.captions(0)
+
+
+def test_a_storage_that_is_lost_while_captions_are_read_is_the_mistake(tmp_path):
+    images = make.data(make.pairs(tmp_path)).train.images
+    with mock.patch.object(Images, "captions", side_effect=UserError("the bucket does not answer")):
+        line = make.refused(EvalPairs, images, make.config().data)
+    assert line == "the bucket does not answer"
 
 
 def test_tokens_are_those_of_the_caption_without_special_ones_and_padding(tmp_path):

@@ -83,6 +83,15 @@ def cached(folder, suffix):
     return sorted((folder / "cache/tar-index").glob(f"*{suffix}"))
 
 
+def test_a_tar_without_its_ending_is_named_with_the_byte(tmp_path):
+    path = Path(make.tar(tmp_path / "0.tar", 2))
+    content = path.read_bytes()
+    end = -(-len(content.rstrip(b"\0")) // 512) * 512
+    path.write_bytes(content[:end])
+    line = make.refused(make.data, path)
+    assert line.endswith(f"0.tar is no whole, uncompressed tar: ValueError: damaged or cut off at byte {end:,}")
+
+
 def test_an_index_is_made_once_and_again_when_it_is_damaged_or_a_shard_changes(tmp_path, monkeypatch):
     (path,) = tars(tmp_path, 1)
     scanned = []
