@@ -40,7 +40,7 @@ class Meter:
 
     @contextmanager
     def step(self, micro_batches: Sequence[Batch]) -> Iterator[None]:
-        """Enter a step; the FLOPs of the first one are counted, and taken for those of each."""
+        """Enter a step. The FLOPs of the first step are counted, and used for every later step."""
         self.steps += 1
         with ExitStack() as stack:
             if self.flops is None:
@@ -89,7 +89,7 @@ class Meter:
 def all_pairs_flops(engine: TrainEngine, batch: Batch) -> int:
     """Return the FLOPs of the all-pairs kernels; 0 if PyTorch counts them.
 
-    They are those of the similarities, and as many again for the gradient of each side.
+    The gradient of each side takes as many FLOPs as the similarities.
     """
     objective = engine.objective
     seen = objective.config.cmli_backend == "torch" and not engine.caching

@@ -1,6 +1,6 @@
 """Writes a run's numbers to metrics.jsonl, TensorBoard, Weights & Biases and the terminal.
 
-What cannot be written, for instance to a full disk, costs one warning: the run goes on, and its
+If a file cannot be written, for instance to a full disk, the run warns once and goes on. Its
 checkpoints decide how it ends.
 """
 
@@ -161,7 +161,7 @@ class Writer:
 
 
 class NullWriter:
-    """A writer that writes nothing: of ranks but rank 0, and while TensorBoard has no file."""
+    """Writes nothing: on all ranks except rank 0, and while TensorBoard has no file."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *arguments, **named: None
