@@ -58,7 +58,6 @@ EQUIVALENT = {
     "ds_cmli/data/shard_cache.py: argument: file.unlink(missing_ok=True) -> (file.unlink())": "a race of two processes",
     "ds_cmli/data/shard_cache.py: constant: FORGET_SECONDS = 60.0 -> 61.0": "a pause",
     "ds_cmli/data/shard_cache.py: constant: IN_USE_SECONDS = 60.0 -> 61.0": "a pause",
-    "ds_cmli/data/sources/__init__.py: constant: MAX_FULL = 10_000_000 -> 10000001": "a size that is large enough",
     "ds_cmli/data/sources/lists.py: constant: ITEMS_OF_BLOCK = 64 -> 65": "items that are packed together",
     "ds_cmli/distributed/mistakes.py: constant: MEETING_SECONDS = 5.0 -> 6.0": "a pause",
     "ds_cmli/distributed/process_group.py: comparison: moved is not values -> (moved is values)": GPU,

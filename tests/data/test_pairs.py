@@ -118,8 +118,7 @@ def test_an_image_without_a_caption_of_words_has_an_error_that_says_so():
 def test_a_storage_that_is_lost_while_captions_are_read_is_the_mistake(tmp_path):
     images = make.data(make.pairs(tmp_path)).train.images
     with mock.patch.object(Images, "captions", side_effect=UserError("the bucket does not answer")):
-        line = make.refused(EvalPairs, images, make.config().data)
-    assert line == "the bucket does not answer"
+        assert make.refused(EvalPairs, images, make.config().data) == "the bucket does not answer"
 
 
 def test_tokens_are_those_of_the_caption_without_special_ones_and_padding(tmp_path):

@@ -85,11 +85,9 @@ def cached(folder, suffix):
 
 def test_a_tar_without_its_ending_is_named_with_the_byte(tmp_path):
     path = Path(make.tar(tmp_path / "0.tar", 2))
-    content = path.read_bytes()
-    end = -(-len(content.rstrip(b"\0")) // 512) * 512
-    path.write_bytes(content[:end])
+    os.truncate(path, 4 * 1024)  # four members, each a header and a block
     line = make.refused(make.data, path)
-    assert line.endswith(f"0.tar is no whole, uncompressed tar: ValueError: damaged or cut off at byte {end:,}")
+    assert line.endswith("0.tar is no whole, uncompressed tar: ValueError: damaged or cut off at byte 4,096")
 
 
 def test_an_index_is_made_once_and_again_when_it_is_damaged_or_a_shard_changes(tmp_path, monkeypatch):

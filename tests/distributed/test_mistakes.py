@@ -46,16 +46,14 @@ CASES = {  # ranks with the mistake, whether the processes have met, and the lin
 def jobs(tmp_path_factory) -> Iterator[dict]:
     """The log and the processes of each case's job. All run at once, because they mostly wait."""
     folder = tmp_path_factory.mktemp("jobs")
-    logs = [folder / str(number) for number in range(len(CASES))]
-    started = {
-        case: (log, start_function(train, 3, log, *case, SLURMD_NODENAME="n7"))
-        for case, log in zip(CASES, logs, strict=True)
-    }
+    started = {}
+    for number, case in enumerate(CASES):
+        log = folder / str(number)
+        started[case] = (log, start_function(train, 3, log, *case, SLURMD_NODENAME="n7"))
     yield started
     for _, processes in started.values():
         for process in processes:
             process.kill()
-            process.join()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
