@@ -227,7 +227,7 @@ def write_transformers(folder: Path, config: Config) -> Any:
 
 
 def write_open_clip(folder: Path, config: Config) -> Any:
-    """Write a model of open_clip, as `write_transformers`; of a CoCa the two towers alone."""
+    """Write what `write_transformers` does, for open_clip; of a CoCa only the two towers."""
     from open_clip import create_model
 
     source_config = config.student.source_config

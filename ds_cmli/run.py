@@ -135,8 +135,8 @@ class Run:
         state = self.state
         micro_batch_pairs = self.sampler.global_batch  # of all ranks
         local_means = state.sums / max(1, state.micro_batches)
-        sums = distributed.sum_over_ranks(local_means)  # collective
-        means = (sums / distributed.world_size()).tolist()  # CPU-GPU sync
+        summed_means = distributed.sum_over_ranks(local_means)  # collective
+        means = (summed_means / distributed.world_size()).tolist()  # CPU-GPU sync
         pairs_so_far = state.step * self.engine.accumulation * micro_batch_pairs
         num_bad = distributed.sum_over_ranks(torch.tensor(self.bad_samples.count))  # collective
         if self.bad_samples.are_too_many(int(num_bad), pairs_so_far):

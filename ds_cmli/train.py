@@ -150,7 +150,7 @@ def train(
         # --- the engine; an ended run builds it only if files that follow from its end are missing
         chosen = engines.resolve_backend(config, ds_config, device)  # collective
         release = stack.enter_context(contextlib.ExitStack())  # once `out_of_memory` has counted
-        # Their tensors are named if memory runs out.
+        # The tensors of these engines are named if memory runs out.
         engines_built = stack.enter_context(out_of_memory.ending(folder, device, keeps_process))
         engine = engines.build(  # collectives
             chosen, ds_config, data.vocab_size, total_steps, device, data.pad_id

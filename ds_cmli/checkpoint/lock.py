@@ -177,7 +177,7 @@ def _take(path: Path, holder: Holder) -> None:
                     f"--output-dir is {str(path.parent)!r}: in use by process {previous.pid} on "
                     f"{previous.host}, which gave a sign {age:.0f} s ago: give another"
                 )
-        # A new file: a holder that lives on still touches the old one by its descriptor.
+        # Write a new file, because a holder that still runs goes on touching the old one.
         path.unlink(missing_ok=True)
         try:
             path.write_text(json.dumps(asdict(holder)))

@@ -3,7 +3,7 @@
 The order of publishing:
 
 1. `checkpoint/stepN.writing` gets its `checksums.json`, and becomes `checkpoint/stepN`.
-2. `checkpoint/latest` names it. Before this rename the checkpoint before is the newest one.
+2. `checkpoint/latest` names it. Until then the previous checkpoint counts as the newest.
 3. `model.safetensors` and `model.ema.safetensors` beside `checkpoint/` are replaced by those of the
    new checkpoint, `model.best.safetensors` if its evaluation is the best one.
 4. Old checkpoints are removed.
@@ -170,7 +170,7 @@ class Checkpoints:
             raise UserError(f"{problem}: mend that, and start {self.folder} again")
 
     def closing_lines(self, state: TrainState, config: Config) -> list[str]:
-        """Return the last lines of a run. Raises `UserError` if there is no checkpoint of it."""
+        """Return the last lines of a run. Raises `UserError` if its last state is not saved."""
         self.require_saved(state)
         best = state.best
         folder = shlex.quote(str(self.folder))

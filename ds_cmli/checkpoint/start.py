@@ -123,7 +123,7 @@ class RunStart:
         return self.state.world_size == distributed.world_size() and not self.state.rebatched
 
     def keep_batch(self, ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
-        """Return the DeepSpeed JSON with the batch of the run, if the ranks were or are others.
+        """Return the DeepSpeed JSON, with the run's batch if its number of ranks has ever changed.
 
         The number of negatives and the accumulation stay. More accumulation could not stand in for
         fewer ranks, because micro-batches do not see each other's negatives. Raises `UserError`.
@@ -289,7 +289,7 @@ class RunStart:
         return None
 
     def _set_records_back(self) -> None:
-        """Remove the records of steps after that at which the run goes on."""
+        """Set the folder's records back to the step from which the run goes on."""
         storage.remove_incomplete(self.folder)
         if self.checkpoint is not None and self._is_in_folder:
             pointer = self.folder / CHECKPOINTS / storage.LATEST

@@ -11,7 +11,7 @@ MEETING_SECONDS = 5.0  # in which the ranks that have a mistake enter it
 
 
 def lowest_rank() -> int:
-    """Return the lowest rank with a mistake, each of which calls this; 0 outside a launch."""
+    """Return the lowest rank that has a mistake; 0 outside a launch. Each such rank calls this."""
     try:
         rank = int(os.environ["RANK"])
         num_ranks = int(os.environ["WORLD_SIZE"])

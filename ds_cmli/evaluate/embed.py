@@ -88,7 +88,7 @@ class Evaluator:
     # Called before every batch and block, equally often on all ranks, so that it may be collective.
     heartbeat: Callable[[], None] = lambda: None
     worker_init: Callable[[int], None] | None = None
-    trained: bool = True  # whether the temperatures are; otherwise no kinds of scores are combined
+    trained: bool = True  # False: temperatures are untrained, so no scores are combined
 
     def __post_init__(self) -> None:
         one_attention_on_all_gpus()  # as in training
@@ -171,10 +171,14 @@ class Evaluator:
 def load_evaluator(
     source: ModelSource, device: torch.device, precision: str | None, ema: bool = False, **size: Any
 ) -> tuple[Config, Evaluator]:
-    """Load a run, one of its files of weights, or what training starts from; and its settings.
+    """Return a model's settings and its evaluator.
 
-    `precision`: None is that of a run's training, and of other models fp32. `size`: arguments of
-    `Evaluator`. Raises `UserError`.
+    Args:
+        source: a run, one of its files of weights, or a model that training starts from.
+        precision: None is that of a run's training, and of other models fp32.
+        size: arguments of `Evaluator`.
+
+    Raises `UserError`.
     """
     if source.is_run:
         file = source.local_folder / RUN

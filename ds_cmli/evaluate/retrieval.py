@@ -20,7 +20,7 @@ from ds_cmli.evaluate.embed import Embedded, EvalSet, Evaluator, PaddedTexts, em
 from ds_cmli.evaluate.pointing_game import pointing_game, scene_regions
 from ds_cmli.evaluate.summary import Metrics, prefixed
 
-MAX_PICTURES = 128  # of a block, which has as many captions as they have
+MAX_PICTURES = 128  # of a block, which also holds all captions of its pictures
 MAX_GATHERED = 512  # pictures whose captions are on a rank at a time
 
 
@@ -84,8 +84,10 @@ def score_own_pairs(
 ) -> tuple[Tensor, list[list[Tensor]]]:
     """Score each block of this rank's pictures with their own captions, before all others.
 
-    The scores are those that follow, to the bit. Returns the best one of each picture, [K, J, 1],
-    -inf if another rank's, and by block captions, int64 [t], their scores, [K, 1, t], and texts.
+    The blocks are those of `recalls_of_kinds`, so its scores of these pairs are bitwise equal.
+    Returns each picture's best score with its captions, [K, J, 1] for J captions of the data set,
+    -inf if another rank has the picture; and a list for each block, empty without captions: the
+    captions, int64 [t], their scores with their pictures, [K, 1, t], and the tensors of the texts.
     """
     captions_of_picture: dict[int, list[int]] = defaultdict(list)
     for caption in embedded.texts:

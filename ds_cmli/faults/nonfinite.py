@@ -48,11 +48,11 @@ def skipped_samples(
     local_batches = [(index.tolist(), bool(loss.isfinite())) for index, loss in micro_batches]
     gathered = gather_objects(local_batches, flags.group)  # collective
     batches = [batch for batches_of_rank in gathered for batch in batches_of_rank]
-    bad_samples = [sample for samples, finite in batches if not finite for sample in samples]
+    nonfinite_samples = [sample for samples, finite in batches if not finite for sample in samples]
     # fp16 has a loss scaler; a dynamic one has a `min_scale`.
     scaler: Any = getattr(optimizer, "loss_scaler", None)
-    if bad_samples or (hasattr(scaler, "min_scale") and scaler.cur_scale > scaler.min_scale):
-        return sorted(bad_samples)
+    if nonfinite_samples or (hasattr(scaler, "min_scale") and scaler.cur_scale > scaler.min_scale):
+        return sorted(nonfinite_samples)
     return sorted(sample for samples, _ in batches for sample in samples)
 
 

@@ -228,8 +228,8 @@ class Watchdog:
         if fault.line:
             with suppress(OSError):  # the terminal or pipe is closed
                 print(f"error: {fault.line}", file=sys.stderr, flush=True)
-        # Until the others have read the verdict: rank 0 holds the store, and a launcher that sees a
-        # rank end kills the one that prints.
+        # Wait until the others have read the verdict: rank 0 holds the store, and a launcher that
+        # sees a rank end kills the one that prints.
         time.sleep(1.0 + 3 * self.interval)
         os._exit(fault.exit_code)
 

@@ -50,8 +50,9 @@ class Writer:
         threading.excepthook = self._on_thread_error
         self.events: SummaryWriter | NullWriter = NullWriter()  # while it cannot be written
         self._open_events(first_step + 1)
-        text = json.dumps(settings, indent=2)
-        self.events.add_text("configuration", f"```\n{text}\n```", first_step)
+        with self._warned("TensorBoard's file"):
+            text = json.dumps(settings, indent=2)
+            self.events.add_text("configuration", f"```\n{text}\n```", first_step)
         # The first step, which compiles and fills caches, says nothing of the time that is left.
         self.timed_from_step = first_step + 1
         self.timed_since = math.inf

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import resource
@@ -7,6 +8,7 @@ import time
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from ds_cmli import train
 from ds_cmli.config.presets import load_preset
@@ -123,3 +125,13 @@ def test_a_disk_that_fills_and_empties_costs_one_warning_and_the_lines_of_that_t
     assert 4 in [event.step for event in events.Scalars("loss/total")]
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 1 and "metrics.jsonl cannot be written (File too large)" in warnings[0]
+
+
+def test_a_disk_that_is_full_when_a_run_starts_costs_one_warning(folder, capsys, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "add_text", fail)  # TensorBoard's thread has ended by then
+    writer = Writer(folder, 1)
+    writer.close()
+    assert capsys.readouterr().out.count("warning: TensorBoard's file cannot be written (No space left") == 1
