@@ -102,7 +102,7 @@ ROWS = (
     ("ranks-own-texts", "cmli/pair_function.py", RANKS,
      "self.first_column = [-exchange.this_rank() * len(batch.image) + rows-]{+rows+}.start"),
     ("ranks-mean-twice", "run.py", "test_another_number_of_ranks_goes_on_with_the_batches_and_states",
-     "sums / distributed.world_size()[--]{+ ** 2+}"),
+     "summed_means / distributed.world_size()[--]{+ ** 2+}"),
     # Faults: a signal or the end of a launcher that is missed, a rank that hangs, a bad loss, too many of them.
     ("faults-signal", "faults/preemption.py", "test_each_signal_sets_the_flag_until_the_end",
      "[-    _requested.append((name, time.monotonic()))\n-]{++}"),
