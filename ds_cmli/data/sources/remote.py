@@ -23,7 +23,7 @@ from ds_cmli.data.network import ask_again, storage_options
 from ds_cmli.data.order import Order, WindowedOrder
 from ds_cmli.data.shard_cache import LostShard, Shard, ShardCache, shards_folder, start_fetching
 from ds_cmli.data.sources import Source
-from ds_cmli.data.sources.tar_index import read_footer, read_rows
+from ds_cmli.data.sources.tar_index import is_damaged, map_rows, read_footer
 from ds_cmli.data.sources.tars import Shards, Tars
 from ds_cmli.errors import UserError, blame
 from ds_cmli.pretrained import fetched_on_this_node
@@ -94,11 +94,10 @@ class CopiedTars(Shards):
             try:
                 copy = self.cache.get(self.shards[shard])
                 index = read_footer(copy.with_suffix(".rows"))
-                if index is None:  # somebody has deleted it, so both are fetched again
+                if index is None or is_damaged(index):  # both are fetched again
                     copy.unlink()
                     continue
-                rows = read_rows(index)
-                return os.open(copy, os.O_RDONLY | os.O_CLOEXEC), rows
+                return os.open(copy, os.O_RDONLY | os.O_CLOEXEC), map_rows(index)
             except FileNotFoundError:  # another shard has just taken its place
                 continue
             except LostShard as error:

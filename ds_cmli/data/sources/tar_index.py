@@ -21,7 +21,7 @@ import numpy as np
 
 from ds_cmli.commands import print_line
 from ds_cmli.errors import blame
-from ds_cmli.files import cache_folder, locked
+from ds_cmli.files import cache_folder
 
 FIELDS = ("image", "text", "json")
 COLUMN_OF_ENDING = {"jpg": 0, "jpeg": 0, "png": 0, "webp": 0, "txt": 2, "json": 4}  # of ROW
@@ -105,12 +105,20 @@ def read_footer(file: Path) -> ShardIndex | None:
     return ShardIndex(file, row_bytes // ROW.itemsize, left_out, digest)
 
 
-def read_rows(index: ShardIndex) -> np.ndarray:
-    """Return the rows of an index, `ROW` [n]. Raises ValueError if they are damaged."""
-    rows = np.fromfile(index.file, ROW, index.num_samples)
-    if _digest(rows) != index.digest:
-        raise ValueError(f"the index {index.file} is damaged: delete it")
-    return rows
+def map_rows(index: ShardIndex) -> np.ndarray:
+    """Return the rows of an index, `ROW` [n], in memory that all processes of a node share."""
+    return np.memmap(index.file, ROW, mode="r", shape=index.num_samples)
+
+
+def is_damaged(index: ShardIndex) -> bool:
+    """Return whether the rows of an index are not those that were written."""
+    return _digest(map_rows(index)) != index.digest
+
+
+def mend_index(index: ShardIndex, shard: Path) -> None:
+    """Make the index of a shard again if it is damaged."""
+    if is_damaged(index):
+        save_index(scan(shard), index.file)
 
 
 def save_index(rows: np.ndarray, file: Path) -> ShardIndex:
@@ -125,32 +133,6 @@ def save_index(rows: np.ndarray, file: Path) -> ShardIndex:
         temporary.write_bytes(whole_rows.tobytes() + footer)
         temporary.replace(file)
     return index
-
-
-def join_rows(indices: Sequence[ShardIndex], shards: Sequence[Path]) -> np.ndarray:
-    """Return the rows of all shards, `ROW` [N], in one array that all processes of a node share.
-
-    It is memory-mapped from one file of the cache. One map for each shard would be more than a
-    process may have.
-    """
-    name = hashlib.sha256(b"".join(index.file.name.encode() for index in indices)).hexdigest()[:24]
-    file = indices[0].file.with_name(f"{name}.joined")
-    num_samples = sum(index.num_samples for index in indices)
-    num_bytes = num_samples * ROW.itemsize
-    if not num_samples:
-        return np.empty(0, ROW)
-    if not file.exists() or file.stat().st_size != num_bytes:
-        with locked(file.parent, "lock", "the index of tars"):
-            temporary = file.with_suffix(".new")
-            with open(temporary, "wb") as joined:
-                for index, shard in zip(indices, shards, strict=True):
-                    try:
-                        rows = read_rows(index)
-                    except ValueError:
-                        rows = read_rows(save_index(scan(shard), index.file))
-                    joined.write(rows.tobytes())
-            temporary.replace(file)
-    return np.memmap(file, ROW, mode="r")
 
 
 def _digest(rows: np.ndarray) -> bytes:

@@ -11,8 +11,8 @@ import numpy as np
 
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.images import check_size
-from ds_cmli.data.sources import MAX_FULL, Caption, Source, captions_by_column
-from ds_cmli.data.sources.tar_index import BLOCK_BYTES, index_shards, join_rows, read_rows
+from ds_cmli.data.sources import Caption, Source, captions_by_column
+from ds_cmli.data.sources.tar_index import BLOCK_BYTES, index_shards, map_rows, mend_index
 from ds_cmli.errors import UserError
 
 CAPTION_KEYS = ("caption", "captions", "text")  # of a sample's .json, if it has no .txt
@@ -111,9 +111,7 @@ class Tars(Shards):
         self.indices = index_shards(shards)
         super().__init__([index.num_samples for index in self.indices], config)
         self.left_out = sum(index.left_out for index in self.indices)
-        self.joined_rows: np.ndarray | None = None
-        if len(self) <= MAX_FULL:
-            self.joined_rows = join_rows(self.indices, shards)
+        self.checked = set[int]()  # shards whose index this process has read
 
     def name(self, index: int) -> str:
         shard, number = self.place(index)
@@ -135,8 +133,8 @@ class Tars(Shards):
         }
 
     def open_shard(self, shard: int) -> tuple[int, np.ndarray]:
-        if self.joined_rows is None:
-            rows = read_rows(self.indices[shard])
-        else:
-            rows = self.joined_rows[self.starts[shard] : self.starts[shard + 1]]
-        return os.open(self.shards[shard], os.O_RDONLY | os.O_CLOEXEC), rows
+        index = self.indices[shard]
+        if shard not in self.checked:  # once: the full order opens a shard for nearly each image
+            mend_index(index, self.shards[shard])
+            self.checked.add(shard)
+        return os.open(self.shards[shard], os.O_RDONLY | os.O_CLOEXEC), map_rows(index)
