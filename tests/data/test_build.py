@@ -1,8 +1,6 @@
 import os
 import shutil
-from functools import partial
 
-import datasets
 import pytest
 
 from ds_cmli.config.presets import load_preset
@@ -124,50 +122,3 @@ def test_few_held_out_pictures_are_a_line(tmp_path, num_held_out, is_told):
     summary = make.data(make.pairs(tmp_path / "pairs", 110), held_out=num_held_out).summary
     line = "only 99 pictures are held out: recalls of fewer than 100 are mostly chance (data.held_out, data.val_source)"
     assert (line in summary) == is_told == any("are held out: recalls" in line for line in summary)
-
-
-def replace_in_table(folder, old, new):
-    table = folder / "metadata.jsonl"
-    table.write_text(table.read_text().replace(old, new))
-
-
-def lengthen_captions(folder):
-    (file,) = folder.glob("*.parquet")
-    rows = datasets.Dataset.from_parquet(str(file))
-    rows.map(lambda row: {"caption": row["caption"] + "s"}).to_parquet(file)
-
-
-CHANGES = {  # of a source, and of validation data: how both are made, and changed
-    "caption": (make.pairs, partial(replace_in_table, old="square 3", new="square 4")),
-    "name": (make.pairs, partial(replace_in_table, old='"3.png"', new='"33.png"')),
-    "number": (make.pairs, lambda folder: make.pairs(folder, 25)),
-    "parquet": (make.parquet, lengthen_captions),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("changed", ["data", "validation"])
-def test_a_change_of_the_data_and_of_the_validation_data_is_noticed(tmp_path, change, changed, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    make_data, change_data = CHANGES[change]
-    for name in ("data", "validation"):
-        make_data(tmp_path / name)
-    sources = {"source": str(tmp_path / "data"), "val_source": str(tmp_path / "validation")}
-    first = make.data(**sources).fingerprint
-    for file in (tmp_path / changed).iterdir():
-        file.touch()  # its date does not count
-    assert make.data(**sources).fingerprint == first
-    change_data(tmp_path / changed)
-    assert make.data(**sources).fingerprint != first
-
-
-def test_other_places_in_a_tar_of_the_same_size_are_noticed(tmp_path):
-    members = [("0000.png", make.png(0)), ("0000.txt", b"a"), ("0001.png", make.png(1)), ("0001.txt", b"b")]
-
-    def fingerprint(*order: int) -> dict:
-        make.shard(tmp_path / "0.tar", [members[n] for n in order])
-        return make.data(tmp_path).fingerprint[str(tmp_path)]
-
-    first = fingerprint(0, 1, 2, 3)
-    changed = fingerprint(2, 0, 1, 3)
-    assert first != changed and first["files"] == changed["files"]
