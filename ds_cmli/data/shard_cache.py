@@ -15,7 +15,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,7 +25,6 @@ from typing import NamedTuple
 
 import fsspec
 from filelock import FileLock, Timeout
-from fsspec.callbacks import Callback
 
 from ds_cmli.commands import print_line
 from ds_cmli.data.network import DISK_IS_FULL, ask_again, storage_options
@@ -60,7 +58,7 @@ class LostShard(ValueError):
     samples counted as bad, a start that can fetch the shard would train on others.
     """
 
-    num_samples = 1  # of the shard; `CopiedTars.open_shard` sets it
+    num_samples = 1  # of the shard, where a reader meets this
 
 
 def shards_folder() -> Path:
@@ -94,8 +92,6 @@ class ShardCache:
         self.requests = self.folder / "requests"
         self.max_bytes = max_bytes
         self.touched: dict[Shard, float] = {}
-        self.reserved_bytes = 0  # of shards that are being fetched
-        self.room_lock = threading.Lock()
         self.write_error = f"{self.folder} cannot be written: {FREE_SPACE}"
         with blame(self.write_error):
             self.requests.mkdir(parents=True, exist_ok=True)
@@ -146,7 +142,9 @@ class ShardCache:
         except (FileNotFoundError, json.JSONDecodeError):  # there is none, or it is being written
             return
         if failure["is_lost"]:
-            raise LostShard(failure["reason"])
+            lost = LostShard(failure["reason"])
+            lost.num_samples = shard.num_samples
+            raise lost
         if age < FORGET_SECONDS:
             raise UserError(failure["reason"])
         file.unlink(missing_ok=True)  # of an earlier start
@@ -177,28 +175,25 @@ class ShardCache:
             with suppress(FileNotFoundError, json.JSONDecodeError):  # it is being written
                 yield Shard(*json.loads(file.read_text())), not is_prefetch
 
-    def make_room(self, shard: Shard, is_awaited: bool) -> bool:
-        """Reserve room for a shard, and return True if there is enough.
+    def make_room(self, shard: Shard, is_awaited: bool, fetching: Iterable[Shard] = ()) -> bool:
+        """Return True if there is room for a shard, beside those that are being fetched.
 
         Deletes the copies that were wanted longest ago. Copies in use are deleted only if a reader
         waits for `shard`. A process that has a deleted copy open can still read it.
         """
-        with self.room_lock:
-            copies = [(file.stat(), file) for file in self.folder.glob("*.tar")]
-            copies.sort(key=lambda copy: copy[0].st_mtime)
-            used_bytes = self.reserved_bytes + sum(status.st_size for status, _ in copies)
-            excess = used_bytes + (shard.size or 0) - self.max_bytes
-            for status, copy in copies:
-                is_in_use = time.time() - status.st_mtime < IN_USE_SECONDS
-                if excess <= 0 or (is_in_use and not is_awaited):
-                    break
-                copy.unlink()
-                copy.with_suffix(".rows").unlink(missing_ok=True)
-                excess -= status.st_size
-            has_room = excess <= 0 or (is_awaited and not self.reserved_bytes)
-            if has_room:
-                self.reserved_bytes += shard.size or 0
-            return has_room
+        copies = [(file.stat(), file) for file in self.folder.glob("*.tar")]
+        copies.sort(key=lambda copy: copy[0].st_mtime)
+        reserved_bytes = sum(other.size or 0 for other in fetching)
+        used_bytes = reserved_bytes + sum(status.st_size for status, _ in copies)
+        excess = used_bytes + (shard.size or 0) - self.max_bytes
+        for status, copy in copies:
+            is_in_use = time.time() - status.st_mtime < IN_USE_SECONDS
+            if excess <= 0 or (is_in_use and not is_awaited):
+                break
+            copy.unlink()
+            copy.with_suffix(".rows").unlink(missing_ok=True)
+            excess -= status.st_size
+        return excess <= 0 or (is_awaited and not reserved_bytes)
 
     def fetch(self, shard: Shard) -> None:
         """Fetch a shard for which there is room, or write down why it cannot be fetched."""
@@ -222,8 +217,6 @@ class ShardCache:
             with blame(self.write_error):
                 self._request_file(shard, ".failed").write_text(json.dumps(failure))
         finally:
-            with self.room_lock:
-                self.reserved_bytes -= shard.size or 0
             for suffix in (".want", ".wait"):
                 self._request_file(shard, suffix).unlink(missing_ok=True)
 
@@ -236,13 +229,11 @@ def download(shard: Shard, file: Path) -> None:
     """
 
     def transfer() -> None:
-        progress = Callback()
         storage, path = fsspec.url_to_fs(shard.url, **storage_options(shard.url))
-        storage.get_file(path, str(file), callback=progress)
+        storage.get_file(path, str(file))
         size = file.stat().st_size
-        expected = shard.size if shard.size is not None else progress.size
-        if expected is not None and size != expected:
-            raise EOFError(f"it has {size:,} bytes and not {expected:,}")
+        if shard.size not in (None, size):
+            raise EOFError(f"it has {size:,} bytes and not {shard.size:,}")
 
     try:
         ask_again(transfer, f"{shard.url} cannot be fetched")
@@ -262,7 +253,7 @@ def serve(cache: ShardCache, is_ended: Callable[[], bool]) -> None:
         for shard, is_awaited in cache.requested_shards():
             num_awaited += is_awaited
             can_start = shard not in fetching and len(fetching) < NUM_FETCHES
-            if can_start and cache.make_room(shard, is_awaited):
+            if can_start and cache.make_room(shard, is_awaited, fetching):
                 fetching[shard] = pool.submit(cache.fetch, shard)
         time_now = time.monotonic()
         if not num_awaited:

@@ -21,7 +21,7 @@ from ds_cmli.commands import print_line
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.network import ask_again, storage_options
 from ds_cmli.data.order import Order, WindowedOrder
-from ds_cmli.data.shard_cache import LostShard, Shard, ShardCache, shards_folder, start_fetching
+from ds_cmli.data.shard_cache import Shard, ShardCache, shards_folder, start_fetching
 from ds_cmli.data.sources import Source
 from ds_cmli.data.sources.tar_index import is_damaged, map_rows, read_footer
 from ds_cmli.data.sources.tars import Shards, Tars
@@ -89,7 +89,6 @@ class CopiedTars(Shards):
         return {"images": len(self), **self.fingerprint_entries}
 
     def open_shard(self, shard: int) -> tuple[int, np.ndarray]:
-        """Return a descriptor of a shard's copy, and its rows. Raises `LostShard`."""
         while True:
             try:
                 copy = self.cache.get(self.shards[shard])
@@ -100,9 +99,6 @@ class CopiedTars(Shards):
                 return os.open(copy, os.O_RDONLY | os.O_CLOEXEC), map_rows(index)
             except FileNotFoundError:  # another shard has just taken its place
                 continue
-            except LostShard as error:
-                error.num_samples = self.shards[shard].num_samples
-                raise
 
 
 def check_cache(sources: list[Source], order: Order, cache_gb: float) -> None:
