@@ -6,7 +6,7 @@ it has not entered.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 FAULT_EXIT_CODE = 86  # of ranks that end because another one holds them up
@@ -19,37 +19,36 @@ GRACE = 15.0
 
 
 class RankState(NamedTuple):
-    """The state that a rank publishes."""
+    """The state that a rank publishes; the defaults stand for a rank that has published nothing."""
 
-    node: str
-    step: int  # optimizer steps done
-    heartbeats: int
-    collectives: int  # entered so far, in all process groups
-    num_changes: int  # of fetched bytes and the like, which are other on each rank
-    is_slow: bool  # it builds models, compiles kernels or writes a checkpoint
-    waits: bool  # inside a collective
-    place: str  # the innermost line of the project's code
-    has_lost: bool  # its connection to another rank has broken
-    error: str  # its own, which ends it; "": none
-    exit_code: int  # of that error
+    node: str = "?"
+    step: int = 0  # optimizer steps done
+    heartbeats: int = 0
+    collectives: int = 0  # entered so far, in all process groups
+    num_changes: int = 0  # of fetched bytes and the like, which are other on each rank
+    is_slow: bool = False  # it builds models, compiles kernels or writes a checkpoint
+    waits: bool = False  # inside a collective
+    place: str = ""  # the innermost line of the project's code
+    has_lost: bool = False  # its connection to another rank has broken
+    error: str = ""  # its own, which ends it; "": none
+    exit_code: int = 0  # of that error
 
 
 @dataclass
 class RankRecord:
     """The last publication of a rank, and for how long it has not changed."""
 
-    state: RankState | None = None  # before the first publication: None
-    turn: int = -1  # number of the publication
+    state: RankState = field(default_factory=RankState)
+    turn: int = -1  # number of the publication; before the first one: -1
     seconds_silent: float = 0.0  # since the last publication
     seconds_without_progress: float = 0.0
 
-    def update(self, turn: int, state: RankState | None, seconds: float) -> None:
+    def update(self, turn: int, state: RankState, seconds: float) -> None:
         """Take what is published now, `seconds` after the last update."""
         self.seconds_silent = 0.0 if turn != self.turn else self.seconds_silent + seconds
-        if state is not None:
-            # The line changes in an endless loop, too.
-            stays = self.state is not None and self.state._replace(place=state.place) == state
-            self.seconds_without_progress = self.seconds_without_progress + seconds if stays else 0
+        # The line changes in an endless loop, too.
+        stays = self.state._replace(place=state.place) == state
+        self.seconds_without_progress = self.seconds_without_progress + seconds if stays else 0.0
         self.turn = turn
         self.state = state
 
@@ -58,7 +57,7 @@ class Fault(NamedTuple):
     """The reason why the job ends."""
 
     line: str  # "": the rank at fault prints its own
-    exit_code: int
+    exit_code: int = FAULT_EXIT_CODE
 
 
 def diagnose(records: Sequence[RankRecord], timeout: float) -> Fault | None:
@@ -68,23 +67,34 @@ def diagnose(records: Sequence[RankRecord], timeout: float) -> Fault | None:
         records: of all ranks, in their order.
         timeout: seconds without progress after which a rank is at fault.
     """
-    states = [record.state for record in records if record.state is not None]
-    has_lost = any(state.has_lost for state in states)
+    has_lost = any(record.state.has_lost for record in records)
     for rank, record in enumerate(records):
-        state = record.state
-        has_waited = has_lost or record.seconds_without_progress > GRACE
-        if state is not None and state.error and has_waited:
-            is_printed = state.exit_code == 2  # a mistake, by the rank itself
-            line = rank_line(rank, state, f"has ended by {state.error}")
-            return Fault("" if is_printed else line, state.exit_code)
-        limit = max_silence(timeout, has_lost)
-        if state is not None and state.is_slow and not has_lost:
-            limit *= SLOW  # a library that writes a large file may block the other threads
-        if record.seconds_silent > limit:
-            reason = f"no progress for {limit:g} s, dead or stopped"
-            return Fault(rank_line(rank, state, reason), FAULT_EXIT_CODE)
-    if len(states) < len(records):
-        return None
+        fault = _end_of_rank(rank, record, timeout, has_lost)
+        if fault is not None:
+            return fault
+    if any(record.turn < 0 for record in records):
+        return None  # a rank that still starts is not compared with the others
+    return _hold_up(records, timeout)
+
+
+def _end_of_rank(rank: int, record: RankRecord, timeout: float, has_lost: bool) -> Fault | None:
+    """Return the fault of a rank that has ended or is silent; `has_lost`: one has lost another."""
+    state = record.state
+    if state.error and (has_lost or record.seconds_without_progress > GRACE):
+        is_printed = state.exit_code == 2  # a mistake, by the rank itself
+        line = rank_line(rank, state, f"has ended by {state.error}")
+        return Fault("" if is_printed else line, state.exit_code)
+    limit = max_silence(timeout, has_lost)
+    if state.is_slow and not has_lost:
+        limit *= SLOW  # a library that writes a large file may block the other threads
+    if record.seconds_silent > limit:
+        return Fault(rank_line(rank, state, f"no progress for {limit:g} s, dead or stopped"))
+    return None
+
+
+def _hold_up(records: Sequence[RankRecord], timeout: float) -> Fault | None:
+    """Return the fault of ranks that run, but for which the others wait."""
+    states = [record.state for record in records]
     suspects = _suspects(states)
     # A rank that gets on alone, as in an evaluation, may keep the others waiting.
     awaited = {*suspects, *(rank for rank, state in enumerate(states) if not state.waits)}
@@ -94,11 +104,11 @@ def diagnose(records: Sequence[RankRecord], timeout: float) -> Fault | None:
     suspect = states[suspects[0]]
     reason = f"no progress for {limit:g} s, at {suspect.place}"
     if len(suspects) == len(states) > 1:
-        return Fault(f"all ranks: {reason}; last step {suspect.step}", FAULT_EXIT_CODE)
+        return Fault(f"all ranks: {reason}; last step {suspect.step}")
     if suspect.waits:
         num_at = Counter(state.place for state in states if state.place != suspect.place)
         reason += "".join(f", while others are at {place}" for place, _ in num_at.most_common(1))
-    return Fault(rank_line(suspects[0], suspect, reason), FAULT_EXIT_CODE)
+    return Fault(rank_line(suspects[0], suspect, reason))
 
 
 def max_silence(timeout: float, has_lost: bool) -> float:
@@ -106,10 +116,9 @@ def max_silence(timeout: float, has_lost: bool) -> float:
     return min(timeout / 2, MAX_SILENCE_AFTER_LOSS) if has_lost else min(timeout, MAX_SILENCE)
 
 
-def rank_line(rank: int, state: RankState | None, reason: str) -> str:
-    """Return the sentence about a rank, which has published nothing if `state` is None."""
-    node = "?" if state is None else state.node
-    return f"rank {rank} on node {node}: {reason}; last step {state.step if state else 0}"
+def rank_line(rank: int, state: RankState, reason: str) -> str:
+    """Return the sentence about a rank."""
+    return f"rank {rank} on node {state.node}: {reason}; last step {state.step}"
 
 
 def _suspects(states: Sequence[RankState]) -> list[int]:

@@ -26,7 +26,6 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed import this_node
 from ds_cmli.errors import lost_connection, one_line
 from ds_cmli.faults.diagnosis import (
-    FAULT_EXIT_CODE,
     GRACE,
     Fault,
     RankRecord,
@@ -179,48 +178,54 @@ class Watchdog:
     def _judge(self, store: dist.Store, records: list[RankRecord]) -> None:
         """Read the states of all ranks, and publish whether the job ends; on rank 0."""
         # A rank that has never published has no key, for which `multi_get` would wait.
-        started = [r for r, x in enumerate(records) if x.state is not None or store.check([str(r)])]
+        started = [r for r, x in enumerate(records) if x.turn >= 0 or store.check([str(r)])]
         publications = store.multi_get([str(rank) for rank in started])
         published = dict(zip(started, publications, strict=True))
         for rank, record in enumerate(records):
-            turn, *values = json.loads(published[rank]) if rank in published else [-1]
-            record.update(turn, RankState(*values) if values else None, self.interval)
-        distant = [r for r, x in enumerate(records) if x.state and x.state.node != this_node()]
-        deputy = distant[0] if distant else 1
+            turn, *values = json.loads(published.get(rank, b"[-1]"))
+            record.update(turn, RankState(*values), self.interval)
+        deputy = next((r for r in started if records[r].state.node != this_node()), 1)
         fault = diagnose(records, self.timeout)
         exit_code = 0 if fault is None else fault.exit_code
-        self.verdict = Verdict(self.turn, deputy, exit_code, records[0].state or ())
+        self.verdict = Verdict(self.turn, deputy, exit_code, records[0].state)
         store.set(VERDICT, json.dumps(self.verdict))
         if fault is not None:
             self._end(fault)
 
     def _watch(self) -> None:
         """End the process by the verdict, or when rank 0 or the store does not answer."""
-        turn = verdict_turn = -1
+        root = RankRecord()
+        turn = -1
         # Seconds are counted in turns, because the whole job may have been suspended.
         seconds_unanswered = 0.0  # by the store
-        seconds_silent = 0.0  # without a publication of rank 0
         while not self.closed.wait(self.interval):
             verdict = self.verdict
             if verdict.exit_code and self.rank > 0:
                 self._end(Fault("", verdict.exit_code))
+            root.update(verdict.turn, RankState(*verdict.root_state), self.interval)
             seconds_unanswered = seconds_unanswered + self.interval if turn == self.turn else 0.0
-            seconds_silent = seconds_silent + self.interval if verdict_turn == verdict.turn else 0.0
             turn = self.turn
-            verdict_turn = verdict.turn
-            limit = max_silence(self.timeout, bool(self.lost_at))
-            if self.is_store_lost and self.lost_at:
-                reason = "its process has ended"
-            elif seconds_unanswered > limit or (seconds_unanswered and seconds_silent > limit):
-                reason = "its store does not answer"
-            elif seconds_silent > limit and self.rank > 0:
-                reason = f"no progress for {limit:g} s, dead or stopped"
-            else:
-                continue
-            is_deputy = self.rank == min(verdict.deputy, self.num_ranks - 1)  # 0 if it is alone
-            root_state = RankState(*verdict.root_state) if verdict.root_state else None
-            line = rank_line(0, root_state, reason)
-            self._end(Fault(line if is_deputy else "", FAULT_EXIT_CODE))
+            reason = self._loss_of_root(seconds_unanswered, root.seconds_silent)
+            if reason:
+                is_deputy = self.rank == min(verdict.deputy, self.num_ranks - 1)  # 0 if it is alone
+                self._end(Fault(rank_line(0, root.state, reason) if is_deputy else ""))
+
+    def _loss_of_root(self, seconds_unanswered: float, seconds_silent: float) -> str:
+        """Return why rank 0 does not answer this rank, "" if it does.
+
+        Args:
+            seconds_unanswered: since the store's last answer to this rank.
+            seconds_silent: since rank 0's last verdict.
+        """
+        limit = max_silence(self.timeout, bool(self.lost_at))
+        if self.is_store_lost and self.lost_at:
+            return "its process has ended"
+        # No verdict is read from a store that does not answer: blame the store first.
+        if seconds_unanswered > limit or (seconds_unanswered and seconds_silent > limit):
+            return "its store does not answer"
+        if seconds_silent > limit and self.rank > 0:
+            return f"no progress for {limit:g} s, dead or stopped"
+        return ""
 
     def _end(self, fault: Fault) -> None:
         """Print the line of a fault, and end the process."""
