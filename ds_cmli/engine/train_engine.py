@@ -115,8 +115,10 @@ class TrainEngine:
         if pairs is None:
             total, losses = self.engine(batch, self._targets(batch))  # collectives
         else:
-            positions = batch.token_mask.shape[1]
-            gradients = pairs.micro_batch_gradients(index, self.accumulation, positions)
+            gradients = {
+                name: gradient.chunk(self.accumulation)[index]
+                for name, gradient in pairs.gradients.items()
+            }
             factor = self.accumulation / self.loss_scale
             total, losses = self.engine(
                 batch, self._targets(batch), pair_gradients=gradients, gradient_factor=factor

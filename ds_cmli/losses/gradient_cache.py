@@ -26,6 +26,8 @@ class KnownGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, gradient, factor):
+        if x.ndim > 1:
+            gradient = gradient[:, : x.shape[1]]  # without the padding of longer texts
         ctx.save_for_backward(gradient)
         ctx.factor = factor
         ctx.dtype = x.dtype
@@ -44,15 +46,6 @@ class PairGradients(NamedTuple):
     total: Tensor  # the weighted sum of the losses, without a graph
     losses: dict[str, Tensor]  # each loss by name, without a graph
     gradients: dict[str, Tensor]  # [A * B, ..] of each feature, by name
-
-    def micro_batch_gradients(
-        self, index: int, accumulation: int, positions: int
-    ) -> dict[str, Tensor]:
-        """Return the gradients of one of A micro-batches, whose texts have so many positions."""
-        gradients = {name: x.chunk(accumulation)[index] for name, x in self.gradients.items()}
-        if "tokens" in gradients:
-            gradients["tokens"] = gradients["tokens"][:, :positions]
-        return gradients
 
 
 @torch.enable_grad()

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ds_cmli.cmli.loss import PairLoss, Temperature
+from ds_cmli.cmli.loss import PairLoss
 from ds_cmli.config.registry import LOSSES, over_pairs
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.data.pairs import Batch
@@ -125,23 +125,18 @@ class Objective(nn.Module):
         return pairs
 
     def scales(self) -> dict[str, float]:
-        """Return 1/temperature of each loss that has a temperature, by name.
+        """Return 1/temperature of each loss over pairs, by name.
 
         CPU-GPU sync; collective if ZeRO-3 partitions the temperatures.
         """
         import deepspeed
 
-        temperatures = {
-            name: cast(Temperature, loss.temperature)
-            for name, loss in self.losses.items()
-            if hasattr(loss, "temperature")
-        }
-        parameters = [p for module in temperatures.values() for p in module.parameters()]
-        are_partitioned = any(hasattr(p, "ds_id") for p in parameters)
         scales = {}
-        gathered = deepspeed.zero.GatheredParameters(parameters, enabled=are_partitioned)
-        with torch.no_grad(), gathered:  # collective
-            for name, module in temperatures.items():
-                scale, *_ = module.forward()
+        for name, loss in self._pair_losses().items():
+            parameters = list(loss.parameters())
+            is_partitioned = hasattr(parameters[0], "ds_id")
+            gathered = deepspeed.zero.GatheredParameters(parameters, enabled=is_partitioned)
+            with torch.no_grad(), gathered:  # collective
+                scale, *_ = loss.temperature.forward()
                 scales[name] = scale.item()
         return scales
