@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from contextlib import redirect_stdout
 from itertools import product
@@ -17,7 +18,7 @@ from ds_cmli.faults.watchdog import Watchdog
 from tests import make
 from tests.checkpoint.runs import assert_same
 from tests.make import lines, small, weights
-from tests.ranks import launcher, python
+from tests.ranks import ROOT, launcher, python
 
 TINY = small({"--steps": 4}, {"run.match_maps": 2})
 
@@ -43,6 +44,8 @@ def test_what_a_run_leaves(finished):
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     expected = {"loss", "loss/global", "loss/cmli", "loss/target_cmli", "lr", "grad_norm", "temperature/cmli"}
     assert expected <= steps[0].keys()
+    page = (ROOT / "docs" / "train.md").read_text()
+    assert all(f"`{re.sub('/(global|cmli|target_cmli)$', '/NAME', column)}`" in page for column in steps[0])
     assert steps[0]["loss"] == pytest.approx(sum(v for k, v in steps[0].items() if k.startswith("loss/")), rel=1e-5)
     assert steps[0]["temperature/global"] == pytest.approx(0.07, rel=0.01)
     assert steps[0]["temperature/cmli"] == pytest.approx(0.02, rel=0.01)
