@@ -51,12 +51,37 @@ def recalls_of_kinds(evaluator: Evaluator, embedded: Embedded) -> dict[str, dict
     A picture's counts are complete on its rank; a caption's are the sum over all ranks.
     """
     num_ranks = distributed.world_size()
+    image_of = torch.tensor(embedded.image_of)
     block_size = max(1, min(MAX_PICTURES, MAX_GATHERED // num_ranks))
     pictures_of_rank = list(embedded.images)
     # Every rank has as many blocks; the last ones may be empty.
-    max_pictures = -(-len({*embedded.image_of}) // num_ranks)
+    max_pictures = -(-len(image_of.unique()) // num_ranks)
     blocks = [pictures_of_rank[i : i + block_size] for i in range(0, max_pictures, block_size)]
-    best_captions, own_blocks = score_own_pairs(evaluator, embedded, blocks)
+    captions_of_picture: dict[int, list[int]] = defaultdict(list)
+    for caption in embedded.texts:
+        captions_of_picture[embedded.image_of[caption]].append(caption)
+
+    def score(pictures: list[int], captions: Tensor, *texts: Tensor) -> tuple[Tensor, ...]:
+        """Return i2t and t2i, [K, r, t], and which pairs are right, bool [r, t]. CPU-GPU sync."""
+        images = [embedded.images[picture] for picture in pictures]
+        kinds = evaluator.scores(images, PaddedTexts(*texts)).values()
+        i2t, t2i = (torch.stack(scores).cpu() for scores in zip(*kinds, strict=True))
+        return i2t, t2i, torch.tensor(pictures)[:, None] == image_of[captions]
+
+    # Find each query's best right candidate first, in the blocks in which all pairs are scored
+    # below: so its score there is bitwise equal.
+    best_captions = torch.zeros(len(evaluator.kinds), len(image_of), 1)  # by picture
+    own_blocks: list[list[Tensor]] = []  # captions, int64 [t], best scores, [K, 1, t], and texts
+    for pictures in blocks:
+        own_block: list[Tensor] = []
+        if pictures:
+            numbers = [caption for picture in pictures for caption in captions_of_picture[picture]]
+            captions = torch.tensor(numbers)
+            texts = pad_texts([embedded.texts[number] for number in numbers])
+            scores = score(pictures, captions, *texts)
+            best_captions[:, pictures], best_images = measures.best_of_right_pairs(*scores)
+            own_block = [captions, best_images, *texts]
+        own_blocks.append(own_block)
     i2t_counts, t2i_counts = torch.zeros(2, *best_captions.shape[:2], 3, dtype=torch.float64)
     for own_block in own_blocks:
         for block in distributed.gather_tensors(own_block):  # collective
@@ -64,58 +89,14 @@ def recalls_of_kinds(evaluator: Evaluator, embedded: Embedded) -> dict[str, dict
                 evaluator.heartbeat()  # collective at times
                 if not block or not pictures:
                     continue
-                caption_numbers, best_images, *text_tensors = block
-                captions = caption_numbers.tolist()
-                texts = PaddedTexts(*text_tensors)
-                i2t, t2i, is_right = score_block(evaluator, embedded, pictures, captions, texts)
+                captions, best_images, *text_tensors = block
+                i2t, t2i, is_right = score(pictures, captions, *text_tensors)
                 best = best_captions[:, pictures]
                 i2t_counts[:, pictures] += measures.count_candidates(i2t, best, is_right, 2)
                 t2i_counts[:, captions] += measures.count_candidates(t2i, best_images, is_right, 1)
     distributed.sum_over_ranks(i2t_counts)  # collective
     distributed.sum_over_ranks(t2i_counts)  # collective
-    i2t_counts = i2t_counts[:, torch.tensor(embedded.image_of)[embedded.captions].unique()]
+    i2t_counts = i2t_counts[:, image_of[embedded.captions].unique()]
     counts_of_kinds = zip(i2t_counts, t2i_counts[:, embedded.captions], strict=True)
     recalls = starmap(measures.mean_recalls, counts_of_kinds)
     return dict(zip(evaluator.kinds, recalls, strict=True))
-
-
-def score_own_pairs(
-    evaluator: Evaluator, embedded: Embedded, blocks: list[list[int]]
-) -> tuple[Tensor, list[list[Tensor]]]:
-    """Score each block of this rank's pictures with their own captions, before all others.
-
-    The blocks are those of `recalls_of_kinds`, so its scores of these pairs are bitwise equal.
-    Returns each picture's best score with its captions, [K, J, 1] for J captions of the data set,
-    -inf if another rank has the picture; and a list for each block, empty without captions: the
-    captions, int64 [t], their scores with their pictures, [K, 1, t], and the tensors of the texts.
-    """
-    captions_of_picture: dict[int, list[int]] = defaultdict(list)
-    for caption in embedded.texts:
-        captions_of_picture[embedded.image_of[caption]].append(caption)
-    best_captions = torch.full((len(evaluator.kinds), len(embedded.image_of), 1), -torch.inf)
-    own_blocks: list[list[Tensor]] = []
-    for pictures in blocks:
-        captions = [caption for picture in pictures for caption in captions_of_picture[picture]]
-        if not captions:
-            own_blocks.append([])
-            continue
-        texts = pad_texts([embedded.texts[caption] for caption in captions])
-        scores = score_block(evaluator, embedded, pictures, captions, texts)
-        best_captions[:, pictures], best_images = measures.best_of_right_pairs(*scores)
-        own_blocks.append([torch.tensor(captions), best_images, *texts])
-    return best_captions, own_blocks
-
-
-def score_block(
-    evaluator: Evaluator,
-    embedded: Embedded,
-    pictures: list[int],
-    captions: list[int],
-    texts: PaddedTexts,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return i2t and t2i, [K, r, t], and which pairs are right, bool [r, t]. CPU-GPU sync."""
-    kinds = evaluator.scores([embedded.images[picture] for picture in pictures], texts).values()
-    i2t = torch.stack([kind.i2t for kind in kinds]).cpu()
-    t2i = torch.stack([kind.t2i for kind in kinds]).cpu()
-    image_of = torch.tensor([embedded.image_of[caption] for caption in captions])
-    return i2t, t2i, torch.tensor(pictures)[:, None] == image_of
