@@ -187,7 +187,7 @@ ROWS = (
     ("memory-segment", "memory_model/caching_allocator.py", "test_worked_out_by_hand",
      "elif size >[-=-]{++} MIN_LARGE_SEGMENT_REQUEST:"),
     ("memory-neighbours", "memory_model/caching_allocator.py", "test_worked_out_by_hand",
-     "        [-if-]{+elif+} block.after is not None and"),
+     "nearby = slice(max(place - 1, 0), place + [-2-]{+1+})"),
     ("memory-ranks", "memory/command.py", "test_what_stays_through_a_step_is_counted_once_and_shared_by_ranks",
      "step = Step(config, ds_config, [-options.world_size-]{+1+})"),
     # Evaluation.

@@ -22,7 +22,7 @@ the order in which segments were taken.
 
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import NamedTuple
@@ -34,6 +34,7 @@ LARGE_SEGMENT = 20 << 20
 MIN_LARGE_SEGMENT_REQUEST = 10 << 20  # from here on a request gets a segment of its own size
 ROUND_SEGMENT = 2 << 20
 FIRST_ADDRESS = 0x7F00_0000_0000
+ADDRESS = attrgetter("address")
 
 
 @dataclass(frozen=True)
@@ -67,27 +68,6 @@ class Block:
     requested: int = 0  # 0: free
     free_requested: bool = False
     event: Event | None = None  # the allocation, while the block is in use
-    before: "Block | None" = None
-    after: "Block | None" = None
-
-    def split(self, size: int) -> "Block":
-        """Keep `size` bytes. Return the remainder, which is the block after it."""
-        remainder = Block(
-            self.segment, self.address + size, self.size - size, before=self, after=self.after
-        )
-        if remainder.after is not None:
-            remainder.after.before = remainder
-        self.size = size
-        self.after = remainder
-        return remainder
-
-    def join(self, second: "Block") -> "Block":
-        """Take the block after this one into it."""
-        self.size += second.size
-        self.after = second.after
-        if self.after is not None:
-            self.after.before = self
-        return self
 
 
 @dataclass(eq=False)
@@ -99,16 +79,7 @@ class Segment:
     stream: int
     small: bool
     event: Event | None  # the allocation that needed a new segment
-    first: Block = field(init=False)
-
-    def __post_init__(self):
-        self.first = Block(self, self.address, self.size)
-
-    def blocks(self) -> Iterator[Block]:
-        block: Block | None = self.first
-        while block is not None:
-            yield block
-            block = block.after
+    blocks: list[Block] = field(default_factory=list)  # in the order of their addresses
 
 
 class Action(NamedTuple):
@@ -147,10 +118,13 @@ class CachingAllocator:
         if position < len(free):
             block = free.pop(position)[-1]
         else:
-            block = self._new_segment(requested, size, stream, event).first
+            (block,) = self._new_segment(requested, size, stream, event).blocks
         left = block.size - size
         if left >= MIN_BLOCK if small else left > SMALL_REQUEST:  # rule 4
-            self._add_free(block.split(size))
+            remainder = Block(block.segment, block.address + size, left)
+            block.size = size
+            insort(block.segment.blocks, remainder, key=ADDRESS)
+            self._add_free(remainder)
         self.actions.append(Action("alloc", block.address, requested, stream, event))
         block.requested = requested
         block.event = event
@@ -173,20 +147,25 @@ class CachingAllocator:
         block.requested = 0
         block.free_requested = False
         block.event = None
-        if block.before is not None and not block.before.requested:
-            self._remove_free(block.before)
-            block = block.before.join(block)
-        if block.after is not None and not block.after.requested:
-            self._remove_free(block.after)
-            block = block.join(block.after)
+        blocks = block.segment.blocks
+        place = bisect_left(blocks, block.address, key=ADDRESS)
+        nearby = slice(max(place - 1, 0), place + 2)  # the block, and those next to it
+        merged = [other for other in blocks[nearby] if not other.requested]
+        blocks[nearby] = [other for other in blocks[nearby] if other.requested or other is block]
+        for other in merged:
+            if other is not block:
+                self._remove_free(other)
+        block.address = merged[0].address
+        block.size = sum(other.size for other in merged)
         self._add_free(block)
 
     def empty_cache(self) -> None:
         """Return the wholly free segments to the device."""
         order = attrgetter("small", "stream", "size", "address")
         for segment in sorted(self.segments.values(), key=order):
-            if not segment.first.requested and segment.first.after is None:
-                self._remove_free(segment.first)
+            first, *others = segment.blocks
+            if not first.requested and not others:
+                self._remove_free(first)
                 del self.segments[segment.address]
                 self.reserved -= segment.size
                 returned = segment.address, segment.size, segment.stream, None
@@ -209,6 +188,7 @@ class CachingAllocator:
                     f"reserved, {self.allocated:,} of them allocated"
                 )
         segment = Segment(self.next_address, taken, stream, small, event)
+        segment.blocks.append(Block(segment, segment.address, taken))
         self.next_address += taken
         self.segments[segment.address] = segment
         self.reserved += taken

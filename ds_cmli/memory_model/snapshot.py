@@ -26,21 +26,20 @@ def write(events: Iterable[Event], path: str | Path) -> None:
 
 
 def _segment(segment: Segment) -> dict[str, Any]:
-    blocks = list(segment.blocks())
-    in_use = sum(block.size for block in blocks if block.requested)
+    in_use = sum(block.size for block in segment.blocks if block.requested)
     return {
         "device": 0,
         "address": segment.address,
         "total_size": segment.size,
         "allocated_size": in_use,
         "active_size": in_use,
-        "requested_size": sum(block.requested for block in blocks),
+        "requested_size": sum(block.requested for block in segment.blocks),
         "stream": segment.stream,
         "segment_type": "small" if segment.small else "large",
         "segment_pool_id": (0, 0),
         "is_expandable": False,
         "frames": _stack(segment.event),
-        "blocks": list(map(_block, blocks)),
+        "blocks": list(map(_block, segment.blocks)),
     }
 
 

@@ -50,7 +50,7 @@ CASES = {
 
 def layout(allocator: CachingAllocator) -> list[str]:
     segments = sorted(allocator.segments.values(), key=lambda s: s.address)
-    return [" ".join(f"{'+' if b.requested else ''}{b.size}" for b in s.blocks()) for s in segments]
+    return [" ".join(f"{'+' if b.requested else ''}{b.size}" for b in s.blocks) for s in segments]
 
 
 @pytest.mark.parametrize("case", CASES)
