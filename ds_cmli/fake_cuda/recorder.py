@@ -6,9 +6,8 @@ What a GPU's operators hold inside is given by formulas (`memory_model/workspace
 import sys
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ds_cmli.fake_cuda.streams import PendingFrees, Stream
+from ds_cmli.fake_cuda.streams import CudaEvent, Stream
 from ds_cmli.memory_model import workspaces
 from ds_cmli.memory_model.caching_allocator import Event
 from ds_cmli.memory_model.gpus import Gpu
@@ -39,17 +38,19 @@ class Allocation:
     stream: int  # of a GPU, for which it was allocated
     category: str | None = None  # the first claim stays
     ended: int | None = None  # the segment in which it was freed
+    readers: set[Stream] = field(default_factory=set)  # other streams that perhaps still read it
 
 
 Held = list[tuple[int, int]]  # blocks inside an operator, and their bytes
 
 
-class Live(NamedTuple):
+@dataclass
+class Live:
     """A storage that exists now."""
 
     block: int
     bytes: int
-    storage: "weakref.ref[torch.UntypedStorage]"
+    reference: "weakref.ref[torch.UntypedStorage] | None" = None  # its callback frees the block
 
 
 class Recorder(TorchDispatchMode):
@@ -58,9 +59,10 @@ class Recorder(TorchDispatchMode):
     Args:
         device: the type of device whose memory is recorded.
         gpu: that of a prediction: also record what its operators hold inside.
+        workspace_bytes: of cuBLAS; 0: its workspaces were taken before.
     """
 
-    def __init__(self, device: str = "cuda", gpu: Gpu | None = None):
+    def __init__(self, device: str = "cuda", gpu: Gpu | None = None, workspace_bytes: int = 0):
         super().__init__()
         self.device = device
         self.gpu = gpu
@@ -79,9 +81,11 @@ class Recorder(TorchDispatchMode):
         self.in_place_at = 0
         self.in_place_of: int | None = None
         self.scoped: str | None = None  # the category of what is allocated now
-        self.pending = PendingFrees()
-        # The log's length after the first matrix product in and outside backward, of each stream.
-        self.products: dict[workspaces.StreamPlace, int] = {}
+        # Blocks that have ended, their bytes, and the events that their frees wait for.
+        self.pending: list[tuple[int, int, list[CudaEvent]]] = []
+        self.workspace_bytes = workspace_bytes
+        # Where cuBLAS has a workspace: whether in the thread of backward, and the stream.
+        self.with_workspace: set[tuple[bool, int]] = set()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -109,10 +113,28 @@ class Recorder(TorchDispatchMode):
         if func in ADDED_IN_PLACE and num_changes < len(self.log) and self._is_accumulating(grad):
             self.in_place_at = num_changes
             self.in_place_of = None if args[0]._is_view() else self.block_of(args[0])
-        if self.gpu is not None and func in workspaces.PRODUCTS:
-            place = torch._C._current_graph_task_id() >= 0, Stream.current.stream_id
-            self.products.setdefault(place, len(self.log))
+        if self.workspace_bytes and func in workspaces.PRODUCTS:
+            self._take_workspace(func)
         return out
+
+    def _take_workspace(self, product: OpOverload) -> None:
+        """Record what cuBLAS takes from torch's allocator after the result is allocated.
+
+        The program's thread and that of backward each take a workspace for a stream at their first
+        matrix product there, and keep it. From PyTorch 2.15 on each product takes one and returns
+        it, and one with a bias takes LT_WORKSPACE.
+        """
+        place = torch._C._current_graph_task_id() >= 0, Stream.current.stream_id
+        if workspaces.KEEPS_WORKSPACES and place in self.with_workspace:
+            return
+        self.with_workspace.add(place)
+        size = self.workspace_bytes
+        if product is aten.addmm.default and not workspaces.KEEPS_WORKSPACES:
+            size = min(size, workspaces.LT_WORKSPACE)
+        # Not a subclass's method: the code that multiplies does not own the workspace.
+        block = Recorder._allocate(self, size, "temporaries", "cuBLAS")
+        if not workspaces.KEEPS_WORKSPACES:
+            self._free(block, size)
 
     def _is_on_device(self, x: object) -> bool:
         return isinstance(x, Tensor) and x.device.type == self.device
@@ -172,19 +194,15 @@ class Recorder(TorchDispatchMode):
             category = category or self.blocks[live.block].category
             del self.live[storage._cdata]
         if size:
-            self._watch_storage(storage, self._allocate(size, category or self.scoped, op), size)
+            key = storage._cdata
+            live = Live(self._allocate(size, category or self.scoped, op), size)
+            live.reference = weakref.ref(storage, lambda _: self._storage_ended(key, live))
+            self.live[key] = live
 
-    def _watch_storage(self, storage: torch.UntypedStorage, block: int, size: int) -> None:
-        """Give the block to `storage` from now on: it is freed when the storage is."""
-        key = storage._cdata
-        weak = weakref.ref(storage, lambda _: self._storage_ended(key, block))
-        self.live[key] = Live(block, size, weak)
-
-    def _storage_ended(self, key: int, block: int) -> None:
-        live = self.live.get(key)
-        if live is not None and live.block == block:
+    def _storage_ended(self, key: int, live: Live) -> None:
+        if self.live.get(key) is live:
             del self.live[key]
-            self._free_when_read(block, live.bytes)
+            self._free_when_read(live.block, live.bytes)
 
     def block_of(self, tensor: Tensor) -> int | None:
         live = self.live.get(tensor.untyped_storage()._cdata)
@@ -195,8 +213,11 @@ class Recorder(TorchDispatchMode):
         self._allocate(0, "temporaries", "empty_cache")
 
     def _allocate(self, size: int, category: str | None, op: OpOverload | str) -> int:
-        for ended, ended_bytes in self.pending.take_read():
-            self._free(ended, ended_bytes)
+        for pending in list(self.pending):
+            ended, ended_bytes, events = pending
+            if all(event.is_done for event in events):
+                self.pending.remove(pending)
+                self._free(ended, ended_bytes)
         block = len(self.blocks)
         self.in_place_of = None
         stream = Stream.current.stream_id if self.gpu is not None else 0
@@ -206,7 +227,10 @@ class Recorder(TorchDispatchMode):
         return block
 
     def _free_when_read(self, block: int, size: int) -> None:
-        if self.pending.keeps(block, size):
+        readers = self.blocks[block].readers
+        if readers:
+            events = [stream.record_event() for stream in readers]
+            self.pending.append((block, size, events))
             self.log.append((block, 0, self.phase))
         else:
             self._free(block, size)
@@ -219,10 +243,9 @@ class Recorder(TorchDispatchMode):
                 # that of the block.
                 del self.log[self.in_place_at]
                 self.in_place_of = None
-                for live in list(self.live.values()):
-                    storage = live.storage()
-                    if live.block == result and storage is not None:
-                        self._watch_storage(storage, block, live.bytes)
+                for live in self.live.values():
+                    if live.block == result:
+                        live.block = block
                 return
         self.log.append((block, -size, self.phase))
         self.blocks[block].ended = self.segment
@@ -231,7 +254,7 @@ class Recorder(TorchDispatchMode):
         """Handle `Tensor.record_stream`: keep the block until `stream` has come so far."""
         block = self.block_of(tensor)
         if block is not None and stream.stream_id != self.blocks[block].stream:
-            self.pending.use(block, Stream(number=stream.stream_id))
+            self.blocks[block].readers.add(Stream(number=stream.stream_id))
 
     def claim(self, category: str, tensors: Iterable[object]) -> None:
         """Assign tensors to `category`; those from before the recording are recorded now."""

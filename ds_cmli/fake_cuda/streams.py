@@ -113,31 +113,3 @@ class CudaEvent:
 
     def elapsed_time(self, end: "CudaEvent") -> float:
         return 1.0
-
-
-class PendingFrees:
-    """Blocks that have ended, and that other streams than their own perhaps still read."""
-
-    def __init__(self) -> None:
-        self.uses: dict[int, set[Stream]] = {}  # of blocks that have not ended
-        # Block and its bytes -> the events that its free waits for.
-        self.pending: dict[tuple[int, int], list[CudaEvent]] = {}
-
-    def use(self, block: int, stream: Stream) -> None:
-        self.uses.setdefault(block, set()).add(stream)
-
-    def keeps(self, block: int, size: int) -> bool:
-        """Return True if a block that ends is still read: `take_read` returns it later."""
-        if block not in self.uses:
-            return False
-        events = [stream.record_event() for stream in self.uses.pop(block)]
-        self.pending[block, size] = events
-        return True
-
-    def take_read(self) -> list[tuple[int, int]]:
-        """Take out the ended blocks that no stream reads any more, each with its bytes."""
-        pending = self.pending.items()
-        completed = [freed for freed, events in pending if all(event.is_done for event in events)]
-        for freed in completed:
-            del self.pending[freed]
-        return completed

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import torch.distributed as dist
 from torch import nn
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
@@ -76,11 +77,11 @@ class TrainingRecorder(Recorder):
     """Records the trainer's step: enter it before the engine is built, then `attach` the engine.
 
     Args:
-        device, gpu: as in `Recorder`.
+        device, gpu, workspace_bytes: as in `Recorder`.
     """
 
-    def __init__(self, device: str = "cuda", gpu: Gpu | None = None):
-        super().__init__(device, gpu)
+    def __init__(self, device: str = "cuda", gpu: Gpu | None = None, workspace_bytes: int = 0):
+        super().__init__(device, gpu, workspace_bytes)
         self.last_init_segment = 0  # the last segment before the first step
         self.category_by_block: dict[int, str] = {}  # by CATEGORY_BY_FILE
 
@@ -103,6 +104,8 @@ class TrainingRecorder(Recorder):
             scopes.subscribed(self.scope),
         ):
             yield
+        # NCCL connects each as it is made: DeepSpeed clones that of all ranks.
+        self.num_process_groups = dist.get_pg_count()
 
     def _claim_cached(self, module: nn.Module, inputs: tuple, output: object) -> None:
         if isinstance(output, dict):

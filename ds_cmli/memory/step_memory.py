@@ -27,7 +27,6 @@ from ds_cmli.memory.inputs import longest_batch, without_weights
 from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory_model.caching_allocator import OutOfMemory, replay
 from ds_cmli.memory_model.gpus import Gpu
-from ds_cmli.memory_model.workspaces import with_cublas
 
 TOTAL_STEPS = 1000  # of the learning rate schedule; no size depends on it
 TOTALS = ("requested", "allocated", "reserved")
@@ -70,7 +69,7 @@ class Step:
         config, vocab_size = without_weights(self.config)
         why_not = why_not_capability(torch.cuda.get_device_capability(device))
         config = engine.choose_backend(config, "cuda", why_not)
-        with _alone(self.world_size, self.rank), _as_deterministic(config.run.deterministic):
+        with one_rank(self.world_size, self.rank, config.run.deterministic):
             train_engine = engine.build(config, json, vocab_size, TOTAL_STEPS, device)
             self.prepare(train_engine)
             with watch(train_engine):
@@ -93,32 +92,26 @@ class Step:
 
 
 @contextmanager
-def _alone(world_size: int, rank: int) -> Iterator[None]:
-    """Inside, this is one rank of a group whose collectives move nothing, alone on its machine."""
+def one_rank(world_size: int, rank: int, deterministic: bool = False) -> Iterator[None]:
+    """Inside, this is one rank of a group whose collectives move nothing, alone on its machine.
+
+    If `deterministic`, PyTorch's switches are those of a run with `--deterministic`.
+    """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     variables = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"}
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    benchmark = torch.backends.cudnn.benchmark
     # The process group installs another one.
     hook = mock.patch.object(sys, "excepthook", sys.excepthook)
     with mock.patch.dict(os.environ, variables), hook:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         try:
+            if deterministic:
+                hardware.enforce_determinism()
             yield
         finally:
             distributed.shutdown()
-
-
-@contextmanager
-def _as_deterministic(deterministic: bool) -> Iterator[None]:
-    """Inside, PyTorch's switches are those of a run with `--deterministic`, or unchanged."""
-    was_deterministic = torch.are_deterministic_algorithms_enabled()
-    benchmark = torch.backends.cudnn.benchmark
-    with mock.patch.dict(os.environ):
-        if deterministic:
-            hardware.enforce_determinism()
-        try:
-            yield
-        finally:
             torch.use_deterministic_algorithms(was_deterministic)
             torch.backends.cudnn.benchmark = benchmark
 
@@ -138,25 +131,14 @@ def predicted(step: Step, gpu: Gpu, limit: int = 1 << 44) -> Report:
     offloaded = (zero.get("offload_param") or {}).get("device", "none")
     remedy = "it cannot be predicted: leave it out"
     check(offloaded == "none", "zero_optimization.offload_param.device", offloaded, remedy)
-    recorder = TrainingRecorder(gpu=gpu)
-    communicators = 0
-
-    @contextmanager
-    def watch(train_engine: engine.TrainEngine) -> Iterator[None]:
-        nonlocal communicators
-        with recorder.attach(train_engine):
-            yield
-        if step.world_size > 1:
-            # NCCL connects each process group as it is made: DeepSpeed clones that of all ranks.
-            communicators = dist.get_pg_count()
-
-    with fake_cuda(recorder, gpu):
-        setting = step.take_twice(watch)
-        events = recorder.events()
     fixed = hardware.DETERMINISTIC_CUBLAS if step.config.run.deterministic else None
-    workspaces = gpu.cublas_bytes(os.environ.get("CUBLAS_WORKSPACE_CONFIG", fixed))
-    events = with_cublas(events, workspaces, recorder.products)
+    workspace_bytes = gpu.cublas_bytes(os.environ.get("CUBLAS_WORKSPACE_CONFIG", fixed))
+    recorder = TrainingRecorder(gpu=gpu, workspace_bytes=workspace_bytes)
+    with fake_cuda(recorder, gpu):
+        setting = step.take_twice(recorder.attach)
+        events = recorder.events()
     report = summarise(events, {**setting, "gpu": gpu.name}, "predicted")
+    communicators = recorder.num_process_groups if step.world_size > 1 else 0
     outside_bytes = gpu.outside_bytes(communicators)
     try:
         replayed = replay(events, limit=limit - outside_bytes)

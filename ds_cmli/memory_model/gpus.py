@@ -54,7 +54,7 @@ class Gpu:
         return kib * 1024
 
     def cublas_bytes(self, workspace_config: str | None = None) -> int:
-        """Return the bytes that cuBLAS takes from torch's allocator, for both threads of a step.
+        """Return the bytes of a workspace that cuBLAS takes from torch's allocator.
 
         `workspace_config` is CUBLAS_WORKSPACE_CONFIG, pairs of KiB and count like ":4096:2:16:8",
         as `parseChosenWorkspaceSize` of PyTorch's CublasHandlePool.cpp reads it; its default is
@@ -62,7 +62,7 @@ class Gpu:
         """
         pairs = re.findall(r":([0-9]+):([0-9]+)", workspace_config or "")
         pairs = pairs or ([(4096, 8)] if self.capability >= (9, 0) else [(4096, 2), (16, 8)])
-        return 2 * sum(int(kib) * 1024 * int(count) for kib, count in pairs)
+        return sum(int(kib) * 1024 * int(count) for kib, count in pairs)
 
     def outside_bytes(self, communicators: int) -> int:
         """Return the bytes outside torch's allocator, with so many NCCL communicators."""

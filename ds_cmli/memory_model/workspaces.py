@@ -6,7 +6,7 @@ Paths are below aten/src/ATen/native. "Seen" marks what running PyTorch on tests
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from torch.backends import cuda
 from torch.utils._pytree import tree_map_only
 
-from ds_cmli.memory_model.caching_allocator import Event, round_up
+from ds_cmli.memory_model.caching_allocator import round_up
 from ds_cmli.memory_model.gpus import Gpu
 
 aten = torch.ops.aten
@@ -329,46 +329,5 @@ OPERATORS: dict[OpOverload, Callable[..., Inside]] = {
 PRODUCT_NAMES = "mm bmm addmm baddbmm mv addmv dot vdot"
 PRODUCTS = {getattr(aten, name).default for name in PRODUCT_NAMES.split()}
 PRODUCTS |= {aten.mm.out, aten.bmm.out, aten.addmm.out, aten.addmm_.default}
-NAMED_PRODUCTS = {str(product) for product in PRODUCTS}
-WITH_BIAS = str(aten.addmm.default)
-LT_WORKSPACE = 1 << 20  # bytes, of cublasLt
+LT_WORKSPACE = 1 << 20  # bytes, of cublasLt, which multiplies where there is a bias
 KEEPS_WORKSPACES = torch.__version__ < "2.15"  # compared as versions
-StreamPlace = tuple[bool, int]  # whether in the thread of backward, and the stream
-
-
-def with_cublas(
-    events: list[Event], workspaces: int, first_products: Mapping[StreamPlace, int]
-) -> list[Event]:
-    """Return `events` with what cuBLAS holds from torch's allocator, which belongs to no tensor.
-
-    The program's thread and that of backward each take a workspace for a stream at their first
-    matrix product there, once its result has been allocated, and keep it. From PyTorch 2.15 on each
-    product takes one and returns it, and one with a bias takes LT_WORKSPACE.
-
-    Args:
-        workspaces: bytes of both threads'.
-        first_products: how many events precede the end of a place's first product.
-    """
-    out: list[Event] = []
-    places_left = dict(first_products)  # those that have not taken their workspace
-    block = 0  # cuBLAS's blocks have negative numbers
-
-    def take(phase: str, stream: int, op: str = "") -> None:
-        nonlocal block
-        block -= 1
-        size = workspaces // 2
-        if op == WITH_BIAS and not KEEPS_WORKSPACES:
-            size = min(size, LT_WORKSPACE)
-        out.append(Event(block, size, "temporaries", phase, "cuBLAS", stream))
-        if not KEEPS_WORKSPACES:
-            out.append(Event(block, -size, "temporaries", phase, "cuBLAS", stream))
-
-    for number, event in enumerate(events, 1):
-        out.append(event)
-        if not KEEPS_WORKSPACES and event.bytes > 0 and event.op in NAMED_PRODUCTS:
-            take(event.phase, event.stream, event.op)
-        for place in [key for key in places_left if number >= places_left[key]]:
-            del places_left[place]
-            _, stream = place
-            take(event.phase, stream)
-    return out

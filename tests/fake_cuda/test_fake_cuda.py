@@ -1,6 +1,7 @@
 """The fake CUDA device by small programs: sizes by hand, or of PyTorch's own allocator on the null GPU."""
 
 import weakref
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from torch import nn
 from ds_cmli.errors import UserError
 from ds_cmli.fake_cuda.device import fake_cuda, guard
 from ds_cmli.fake_cuda.recorder import Recorder
-from ds_cmli.memory.step_memory import _alone
-from ds_cmli.memory_model import gpus
+from ds_cmli.memory.step_memory import one_rank
+from ds_cmli.memory_model import gpus, workspaces
 
 A100 = gpus.find("A100 80GB")
+MIB = 2**20
 
 
 @pytest.fixture
@@ -80,7 +82,7 @@ def test_what_is_read_is_known_or_stood_in_for(recorder):
 
 
 def test_ranks_have_what_this_one_has():
-    with fake_cuda(Recorder(gpu=A100), A100), _alone(4, 2):
+    with fake_cuda(Recorder(gpu=A100), A100), one_rank(4, 2):
         values = torch.tensor([7, 9], device="cuda")
         dist.all_reduce(values, dist.ReduceOp.MAX)
         assert values.tolist() == [7, 9] and (dist.get_rank(), dist.get_world_size()) == (2, 4)
@@ -170,6 +172,30 @@ def test_gradients_add_up_in_place(recorder):
         block for block, size, _ in recorder.log[before:] if size == 4000 and "add.Tensor" in recorder.blocks[block].op
     ]
     assert len(added) <= 2  # the forward's own two sums: autograd's are in place
+
+
+@pytest.mark.parametrize(
+    ("keeps", "taken"),
+    [
+        (True, [("forward", 2 * MIB), ("backward", 2 * MIB)]),
+        (False, [*[("forward", 2 * MIB)] * 2, ("forward", MIB), *[("backward", 2 * MIB)] * 6]),
+    ],
+)
+def test_cublas_takes_a_workspace_after_a_product(monkeypatch, keeps, taken):
+    """Before PyTorch 2.15 for good, once in each thread; a product with a bias takes 1 MiB from then on."""
+    monkeypatch.setattr(workspaces, "KEEPS_WORKSPACES", keeps)
+    recorder = Recorder(gpu=A100, workspace_bytes=2 * MIB)
+    with fake_cuda(recorder, A100):
+        recorder.phase = "forward"
+        x = torch.ones(4, 4, device="cuda", requires_grad=True)
+        y = F.linear((x @ x) @ x, x, x[0])
+        recorder.phase = "backward"
+        y.sum().backward()
+        events = recorder.events()
+    after = [(last.op, event) for last, event in pairwise(events) if event.op == "cuBLAS" and event.bytes > 0]
+    assert [(event.phase, event.bytes) for _, event in after] == taken
+    assert {op for op, _ in after} <= {"aten.mm.default", "aten.addmm.default"}, "the result is allocated first"
+    assert sum(event.bytes for event in events if event.op == "cuBLAS") == (4 * MIB if keeps else 0)
 
 
 def test_without_a_compiler_a_prediction_is_refused_in_one_line(monkeypatch, tmp_path):

@@ -51,5 +51,5 @@ def test_a_device_that_is_not_listed_has_what_its_driver_reports():
 
 def test_cublas_takes_what_its_variable_says():
     gpu = gpus.find("A100 80GB")
-    assert gpu.cublas_bytes() == gpu.cublas_bytes("nonsense") == gpu.cublas_bytes(":4096:2:16:8") == 17_039_360
-    assert gpu.cublas_bytes(":4096:8") == 2 * 32 * M == gpus.find("H100 80GB").cublas_bytes()
+    assert gpu.cublas_bytes() == gpu.cublas_bytes("nonsense") == gpu.cublas_bytes(":4096:2:16:8") == 8_519_680
+    assert gpu.cublas_bytes(":4096:8") == 32 * M == gpus.find("H100 80GB").cublas_bytes()

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from ds_cmli.memory_model import gpus, workspaces
-from ds_cmli.memory_model.caching_allocator import Event
-from ds_cmli.memory_model.workspaces import OPERATORS, Inside, returned, with_cublas
+from ds_cmli.memory_model.workspaces import OPERATORS, Inside, returned
 
 aten = torch.ops.aten
 bf16 = torch.bfloat16
@@ -144,18 +143,3 @@ def test_convolutions_copy_a_gradient_and_keep_channels_last():
         assert returned(aten.convolution.default, args, x.clone()).is_contiguous(memory_format=layout)
     apart = x, torch.empty(8, 1, 3, 3).to(memory_format=torch.channels_last), *options, 8  # a kernel of PyTorch's own
     assert returned(aten.convolution.default, apart, x.clone()).is_contiguous()
-
-
-def test_where_cublas_takes_its_workspaces(monkeypatch):
-    monkeypatch.setattr(workspaces, "KEEPS_WORKSPACES", True)  # before PyTorch 2.15
-    product = "aten.mm.default"
-    rows = [(0, 10, "forward"), (1, 10, "forward", product), (2, 10, "backward"), (2, -10, "backward")]
-    events = [Event(block, size, "data", *rest) for block, size, *rest in [*rows, (3, 10, "backward", product)]]
-    forward, backward = (
-        Event(-block, 50, "temporaries", phase, "cuBLAS") for block, phase in ((1, "forward"), (2, "backward"))
-    )
-    first = {(False, 0): 2, (True, 0): 5}
-    assert with_cublas(events, 100, first) == [*events[:2], forward, *events[2:], backward]
-    # Backward's first product is written into block 2, before that is freed.
-    first[True, 0] = 3
-    assert with_cublas(events, 100, first) == [*events[:2], forward, events[2], backward, *events[3:]]
