@@ -60,8 +60,8 @@ def build_data(config: DataConfig, seed: int) -> Data:
     train: dict[str, Share] = {}
     fingerprint: dict[str, dict[str, object]] = {}
     summary: list[str] = []
-    weights_by_name = dict(zip(names, weights, strict=True)) if weights else {}
-    for name, (kind, parts) in opened.items():
+    shares: Sequence[float | None] = weights or [None] * len(names)
+    for (name, (kind, parts)), weight in zip(opened.items(), shares, strict=True):
         if "train" not in parts:
             raise UserError(f"data.source is {name!r}, which has no training part")
         source = parts["train"]
@@ -71,7 +71,6 @@ def build_data(config: DataConfig, seed: int) -> Data:
         if held_out_source is source:
             indices = AllBut(len(source), np.asarray(held_out_indices))
         train[name] = source, indices
-        weight = weights_by_name.get(name)
         weight_text = f", {weight:g} of the mixture" if weight else ""
         summary.append(f"data: {name}: {kind}, {_describe(train[name])} to train on{weight_text}")
         fingerprint[name] = {**source.fingerprint(), "images": len(indices), "weight": weight}
@@ -120,20 +119,19 @@ def check_columns(name: str, source: Source, weights: Mapping[str, float]) -> No
     num_read = int(shard_sizes(source)[0]) if hasattr(source, "shard_sizes") else len(source)
     missing = set(weights)
     for index in range(num_read):
-        if not missing:
-            return
         try:
             missing -= {column for column, _ in images.captions(index)}
         except UserError:
             raise
         except Exception:  # a bad sample, for which another one stands in
             continue
-    if missing:
-        columns = " and ".join(sorted(missing))
-        need = "name columns of a table, or keys of the .json in tars"
-        if known := {*getattr(source, "columns", ())} - missing - {""}:
-            need = nearest(min(missing), known)
-        raise UserError(f"data.caption_weights has {columns}, and {name} no such captions: {need}")
+        if not missing:
+            return
+    columns = " and ".join(sorted(missing))
+    need = "name columns of a table, or keys of the .json in tars"
+    if known := {*getattr(source, "columns", ())} - missing - {""}:
+        need = nearest(min(missing), known)
+    raise UserError(f"data.caption_weights has {columns}, and {name} no such captions: {need}")
 
 
 def choose_order(

@@ -18,10 +18,9 @@ PART_OF_SPLIT = {"train": "train", "restval": "train", "test": "test"}
 PART_OF_SPLIT |= dict.fromkeys(("validation", "valid", "val"), "validation")
 
 # The usual names of the columns of images and of captions.
-IMAGE_FILE_COLUMNS = ["filepath", "file_name", "filename", "image", "image_path", "img", "path"]
 USUAL_COLUMNS = {
-    "image": {*IMAGE_FILE_COLUMNS, "jpg", "png", "image_bytes", "bytes"},
-    "caption": {"title", "caption", "captions", "text", "sentences"},
+    "image": "filepath file_name filename image image_path img path jpg png image_bytes bytes",
+    "caption": "title caption captions text sentences",
 }
 COLUMN_SETTINGS = {
     "image": "data.image_key (--csv-img-key)",
@@ -82,7 +81,7 @@ def captions_by_column(row: Mapping[str, Any], columns: Iterable[str]) -> list[t
 
 def find_column(columns: Iterable[str], kind: Literal["image", "caption"]) -> str:
     """Return the only column that has a usual name. Raises `ValueError`, naming the setting."""
-    names = [name for name in columns if name.lower() in USUAL_COLUMNS[kind]]
+    names = [name for name in columns if name.lower() in USUAL_COLUMNS[kind].split()]
     # The names of Hugging Face's imagefolder come before others.
     names = [name for name in names if name in ("file_name", "text")] or names
     if len(names) != 1:

@@ -7,13 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.images import read_image_file
-from ds_cmli.data.sources import (
-    PART_OF_SPLIT,
-    Caption,
-    Source,
-    captions_by_column,
-    find_column,
-)
+from ds_cmli.data.sources import PART_OF_SPLIT, Caption, Source, captions_by_column, find_column
 from ds_cmli.errors import UserError, blame
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ import os
 import pickle
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -40,19 +41,18 @@ class Packed:
             self.buffer += zlib.compress(pickle.dumps(block, -1), level=1)
             ends.append(len(self.buffer))
         self.ends = np.array(ends)
-        self.last_number = -1  # of the block that was read last
-        self.last_items: list[Any] = []
+        self.block = lru_cache(1)(self._block)
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int):
         number, place = divmod(index, ITEMS_OF_BLOCK)
-        if number != self.last_number:
-            content = memoryview(self.buffer)[self.ends[number] : self.ends[number + 1]]
-            self.last_items = pickle.loads(zlib.decompress(content))
-            self.last_number = number
-        return self.last_items[place]
+        return self.block(number)[place]
+
+    def _block(self, number: int) -> list[Any]:
+        content = memoryview(self.buffer)[self.ends[number] : self.ends[number + 1]]
+        return pickle.loads(zlib.decompress(content))
 
 
 class ListedImages:
