@@ -252,6 +252,9 @@ class RunStart:
         with written_together(self.folder):  # collective
             if distributed.is_main():
                 self._set_records_back()
+                if BEST in outdated and outdated[BEST] is None:
+                    print_line(f"{self.folder / BEST} is not the best of this run: removed")
+                    (self.folder / BEST).unlink()
                 write_config(self.folder, self.config, engine.objective.student, tokenizer)
                 text = json.dumps(self.record, indent=2) + "\n"
                 storage.publish(self.folder / storage.RUN_RECORD, text.encode())
@@ -265,8 +268,8 @@ class RunStart:
         None: there is no such checkpoint, and the file is removed. Collective.
         """
         outdated: dict[str, Path | None] = {}
-        if distributed.is_main() and self._is_in_folder:
-            for name, digest in self.state.models.items():
+        if distributed.is_main():
+            for name, digest in self.state.models.items() if self._is_in_folder else ():
                 if self.changed or not _has_digest(self.folder / name, digest):
                     outdated[name] = self.checkpoint
             if not _has_digest(self.folder / BEST, self.state.best.get("sha256")):
@@ -295,10 +298,6 @@ class RunStart:
             pointer = self.folder / CHECKPOINTS / storage.LATEST
             storage.publish(pointer, self.checkpoint.name.encode())
         _cut_back(self.folder / storage.METRICS, self.state.step, self.state.evaluated)
-        best_file = self.folder / BEST
-        if best_file.is_file() and not _has_digest(best_file, self.state.best.get("sha256")):
-            print_line(f"{best_file} is not the best of this run: removed")
-            best_file.unlink()
 
 
 def _has_digest(path: Path, digest: str | None) -> bool:
