@@ -223,18 +223,15 @@ class ImageBlock:
         self.text = global_text  # [G, M, D] or [G, D]
         # The column of the first image's own text. Those of the next images are the next columns.
         self.first_column = exchange.this_rank() * len(batch.image) + rows.start
-        self.duplicates = self._find_duplicates(batch)
-
-    def _find_duplicates(self, batch: PairBatch) -> Tensor | None:
-        """Return bool [b, G]: the texts of other pairs that share an id with an image's pair."""
-        if batch.local_ids is None or batch.global_ids is None:
-            return None
-        ids = batch.local_ids[self.rows]
-        duplicates = ids.new_zeros((len(ids), len(self.text)), dtype=torch.bool)
-        for k in range(ids.shape[1]):
-            duplicates |= ids[:, k, None] == batch.global_ids[:, k]
-        self.positives(duplicates).fill_(False)
-        return duplicates
+        # bool [b, G]: the texts of other pairs that share an id with an image's pair
+        self.duplicates: Tensor | None = None
+        if batch.local_ids is not None and batch.global_ids is not None:
+            ids = batch.local_ids[rows]
+            duplicates = ids.new_zeros((len(ids), len(global_text)), dtype=torch.bool)
+            for k in range(ids.shape[1]):
+                duplicates |= ids[:, k, None] == batch.global_ids[:, k]
+            self.positives(duplicates).fill_(False)
+            self.duplicates = duplicates
 
     def positives(self, matrix: Tensor) -> Tensor:
         """Return a view [b] of a matrix [b, G]: the elements of the images' own texts."""
