@@ -57,14 +57,6 @@ def export_library(config: Config) -> str | None:
     loss = temperature_loss(source_config) if source_config else None
     if loss not in config.loss.weights or config.student.shared_blocks:
         return None
-    model_cfg = source_config.get("model_cfg", {"vision_cfg": {}})
-    if name := model_cfg["vision_cfg"].get("timm_model_name"):
-        from timm.models import get_pretrained_cfg
-
-        usual = get_pretrained_cfg(name)
-        # open_clip builds timm's models at their usual size alone.
-        if usual is not None and usual.input_size[-1] != config.data.image_size:
-            return None
     return source_config["model_type"]
 
 
