@@ -155,23 +155,29 @@ def test_names_of_the_api_page_exist():
                 assert hasattr(documented, member), f"{name} has no {member}"
 
 
-def test_losses_of_the_page_are_those_of_the_code():
-    (rows,) = [rows for header, rows in tables(ROOT / "docs" / "train.md") if header[0] == "loss"]
-    assert {name.strip("`") for name, *_ in rows} == set(LOSSES)
+def rows_below(title: str, page: str) -> list[list[str]]:
+    """Return the rows of a page's table whose first column has that title, each cell without its backticks."""
+    (rows,) = [rows for header, rows in tables(ROOT / "docs" / page) if header[0] == title]
+    return [[cell.strip("`") for cell in row] for row in rows]
 
 
-def test_presets_of_the_page_have_the_codes_sizes():
-    (rows,) = [rows for header, rows in tables(ROOT / "docs" / "train.md") if header[0] == "preset"]
-    assert {name.strip("`") for name, *_ in rows} == set(PRESETS)
-    for name, image, *_, batch in rows:
-        assert batch == str(PRESETS[name.strip("`")]["optim"]["micro_batch"]), name
-        if name == "`finetune`":
+def test_losses_and_presets_of_the_pages_are_the_codes():
+    assert {name for name, *_ in rows_below("loss", "train.md")} == set(LOSSES)
+    presets = rows_below("preset", "train.md")
+    assert {name for name, *_ in presets} == set(PRESETS)
+    for name, image, *_, batch in presets:
+        assert batch == str(PRESETS[name]["optim"]["micro_batch"]), name
+        if name == "finetune":
             continue  # its models are those of --start-from
-        config = load_preset(name.strip("`"), {})
+        config = load_preset(name, {})
         sizes = re.findall(r"(\d+) px", image)
         assert sizes in ([], [str(config.data.image_size)]), name
         for layers in re.findall(r"first (\d+) blocks", image):
             assert layers == str(config.student.layers or 6), name
+    numbers = rows_below("number", "finetune.md")
+    stated = {match[1]: value for name, value, _ in numbers if (match := re.match(r"optim\.(\w+)", name))}
+    optim = PRESETS["finetune"]["optim"]
+    assert stated == {name: str(value) for name, value in optim.items() if value is not None}
 
 
 def test_modules_of_the_package_are_in_the_table_of_contributors():
@@ -183,13 +189,6 @@ def test_modules_of_the_package_are_in_the_table_of_contributors():
             assert re.search(rf"[`/]{re.escape(name)}`", table[0]), f"CONTRIBUTING.md does not say what {name} holds"
 
 
-def test_numbers_of_the_preset_finetune_are_the_codes():
-    (rows,) = [rows for header, rows in tables(ROOT / "docs" / "finetune.md") if header[0] == "number"]
-    stated = {match[1]: value for name, value, _ in rows if (match := re.match(r"`optim\.(\w+)`", name))}
-    optim = PRESETS["finetune"]["optim"]
-    assert stated == {name: str(value) for name, value in optim.items() if value is not None}
-
-
 def test_settings_that_may_change_are_those_of_the_code():
     text = " ".join((ROOT / "docs" / "checkpoints.md").read_text("utf-8").split())
     sentence = re.search(r"all settings of `data` except ([^.]*(?:\.\w[^.]*)*)\. ", text)
@@ -197,10 +196,9 @@ def test_settings_that_may_change_are_those_of_the_code():
 
 
 def test_packages_of_the_demos_assets():
-    (rows,) = [rows for header, rows in tables(ROOT / "docs" / "install.md") if header[0] == "asset"]
     source = Path(assets.__file__).read_text("utf-8")
-    for asset, package, _ in rows:
-        assert f'"{package.strip("`")}' in source, f"no demo asset comes from {package} ({asset})"
+    for asset, package, _ in rows_below("asset", "install.md"):
+        assert f'"{package}' in source, f"no demo asset comes from {package} ({asset})"
 
 
 def evaluated(expression: str) -> object:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import runpy
 
 import click
 import pytest
@@ -16,7 +15,6 @@ from ds_cmli.config.schema import SECTIONS, Config, load_config
 from ds_cmli.errors import UserError
 from tests import make
 from tests.models.sources import clip
-from tests.ranks import ROOT
 
 SETTINGS = [f"{section}.{field.name}" for section, kind in SECTIONS.items() for field in dataclasses.fields(kind)]
 FREE = ("image_overrides", "text_overrides", "overrides")  # of other libraries' models, which know what they take
@@ -38,11 +36,6 @@ def test_presets_build_and_survive_a_round_trip(name, tmp_path):
     config = load_preset(name, source)
     assert config.run.preset == name
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-
-
-def test_the_page_of_settings_has_the_codes_defaults_limits_and_presets():
-    generator = runpy.run_path(str(ROOT / "docs" / "settings.py"))
-    assert generator["PAGE"].read_text("utf-8") == generator["page"](), "run python docs/settings.py"
 
 
 def test_paper_is_the_documents_setting():
