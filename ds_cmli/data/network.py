@@ -12,7 +12,6 @@ from ds_cmli.errors import blame
 
 FIRST_PAUSE = 1.0  # seconds before the second try, doubled before each further one
 MAX_PAUSE = 16.0
-RETRY_SECONDS = 75.0  # in which tries begin, below the time after which a rank counts as hung
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 T = TypeVar("T")
@@ -28,17 +27,17 @@ def storage_options(url: str) -> dict[str, Any]:
     return {"client_kwargs": {"timeout": limits}}
 
 
-def ask_again(ask: Callable[[], T], failure: str, seconds: float | None = None) -> T:
+def ask_again(ask: Callable[[], T], failure: str, seconds: float) -> T:
     """Return what `ask` returns; what may be a failure of the network is tried again for a while.
 
     Args:
         failure: the beginning of the message if the storage refuses or does not answer.
-        seconds: in which tries begin; None: `RETRY_SECONDS`.
+        seconds: in which tries begin.
 
     Raises `FileNotFoundError`, at once, if the file does not exist, `OSError` if the disk of this
     node is full, and `UserError` if the storage refuses or does not answer.
     """
-    deadline = time.monotonic() + (RETRY_SECONDS if seconds is None else seconds)
+    deadline = time.monotonic() + seconds
     pause = FIRST_PAUSE
     num_tries = 0
     while True:

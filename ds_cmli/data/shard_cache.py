@@ -33,6 +33,7 @@ from ds_cmli.errors import UserError, blame, one_line
 from ds_cmli.files import cache_folder
 
 NUM_FETCHES = 8  # at the same time on a node
+RETRY_SECONDS = 75.0  # in which tries begin, below the time after which a rank counts as hung
 POLL_SECONDS = 0.05
 TOUCH_SECONDS = 5.0  # from one mark of a copy as in use to the next
 IN_USE_SECONDS = 60.0  # after such a mark; until then only a shard that is waited for replaces it
@@ -236,7 +237,7 @@ def download(shard: Shard, file: Path) -> None:
             raise EOFError(f"it has {size:,} bytes and not {shard.size:,}")
 
     try:
-        ask_again(transfer, f"{shard.url} cannot be fetched")
+        ask_again(transfer, f"{shard.url} cannot be fetched", RETRY_SECONDS)
     except FileNotFoundError as error:
         raise LostShard(str(error)) from None
 

@@ -5,7 +5,7 @@ import numpy as np
 from ds_cmli.data.build import choose_order
 from ds_cmli.data.held_out import AllBut, from_few_shards, hold_out
 from ds_cmli.data.pairs import Images
-from ds_cmli.data.sources import shard_sizes
+from ds_cmli.data.sources import is_large, shard_sizes
 
 
 class InShards:
@@ -46,6 +46,8 @@ def test_the_split_and_the_order_by_the_size_and_place_of_the_data():
     assert hold_out("array", range(40), 5).tolist() == [2, 4, 6, 32, 33], "without names, the split is by the index"
     local = hold_out("tars", InShards([500] * 40, is_remote=False), 100)  # the split of small local tars stays
     assert local[:5].tolist() == [254, 366, 410, 503, 821]
+    sizes = 10_000_000, 10_000_001  # of all images together
+    assert [is_large(InShards([size], is_remote=False)) for size in sizes] == [False, True]
     assert order(InShards([10] * 100)) == 64
     assert order(InShards([10] * 100, is_remote=False)) == 0
     assert order(InShards([10_000] * 1001, is_remote=False)) == 64

@@ -64,15 +64,8 @@ def test_no_connection_is_left_open_that_loader_processes_would_share(server):
 
 
 def test_a_copy_whose_index_somebody_has_deleted_is_fetched_again(server, tmp_path, monkeypatch):
-    get = shard_cache.ShardCache.get
-    shards = []
-
-    def get_at_most_five_times(cache, shard):
-        shards.append(shard)
-        assert len(shards) <= 5
-        return get(cache, shard)
-
-    monkeypatch.setattr(shard_cache.ShardCache, "get", get_at_most_five_times)
+    tries = 5 * [shard_cache.ShardCache.get]  # more would be a loop without an end
+    monkeypatch.setattr(shard_cache.ShardCache, "get", lambda *arguments: tries.pop()(*arguments))
     before = opened(server, "{url}/0.tar").train[0]
     (rows,) = (tmp_path / "cache/shards").glob("*.rows")
     rows.unlink()
@@ -94,7 +87,7 @@ def test_a_lost_shard_counts_as_bad_samples_and_resumes_exactly(server, reason):
 
 
 def test_a_storage_that_is_gone_for_good_ends_the_run_and_is_no_bad_sample(server, monkeypatch):
-    monkeypatch.setattr(network, "RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(shard_cache, "RETRY_SECONDS", 0.1)
     data = opened(server)
     server.is_gone = True
     with pytest.raises(UserError, match=r"/\d\.tar cannot be fetched \(\d tries\)"):

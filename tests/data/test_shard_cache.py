@@ -83,7 +83,7 @@ def test_what_does_not_exist_or_is_damaged_is_lost_and_not_tried_again(server):
 
 
 def test_what_cannot_be_fetched_is_a_users_mistake_that_a_later_start_tries_again(server, monkeypatch):
-    monkeypatch.setattr(network, "RETRY_SECONDS", 0.3)
+    monkeypatch.setattr(shard_cache, "RETRY_SECONDS", 0.3)
     server.is_gone = True
     with fetching() as cache:
         with pytest.raises(UserError, match=rf"^{server.url}/1\.tar cannot be fetched \([2-9] tries\): Server"):

@@ -4,7 +4,6 @@ import json
 import shutil
 import tarfile
 from pathlib import Path
-from unittest import mock
 
 import datasets
 import numpy as np
@@ -13,7 +12,6 @@ from datasets import Dataset, DatasetDict
 
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.opening import open_hub
-from ds_cmli.data.sources import is_large
 from ds_cmli.data.sources.arrow import open_parquet, open_saved
 from ds_cmli.data.sources.lists import open_json, open_tables
 from ds_cmli.data.sources.tars import Tars, open_tars
@@ -110,12 +108,6 @@ def test_a_picture_has_its_bytes_and_all_its_captions_as_they_are(kind, tmp_path
     source = opened(tmp_path)
     assert contents(source) == [(b"a", ["NA", "2012"]), (b"b", ["one, two"])]
     assert left_out is None or source.left_out == left_out
-
-
-def test_images_in_shards_are_a_large_source_above_ten_millions():
-    source = mock.MagicMock(spec=["shard_sizes", "__len__"])
-    source.__len__.side_effect = [10_000_000, 10_000_001]
-    assert [is_large(source), is_large(source)] == [False, True]
 
 
 def test_the_first_files_may_be_missing_but_not_all(tmp_path):

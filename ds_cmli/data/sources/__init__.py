@@ -59,8 +59,7 @@ def shard_sizes(source: Source) -> np.ndarray:
     """
     sizes = getattr(source, "shard_sizes", None)
     if sizes is None:
-        whole, remainder = divmod(len(source), ROWS_OF_SHARD)
-        sizes = [ROWS_OF_SHARD] * whole + [remainder] * (remainder > 0)
+        sizes = np.diff([*range(0, len(source), ROWS_OF_SHARD), len(source)])
     return np.asarray(sizes, np.int64)
 
 
