@@ -33,28 +33,24 @@ def save(folder, change, **tokens):
     return str(folder)
 
 
-def far(content):
-    content["post_processor"]["special_tokens"]["[SEP]"]["ids"] = [10**6]
-
-
-def many(content):
-    *_, end = content["post_processor"]["single"]
-    content["post_processor"]["single"] += 12 * [end]
-
-
-def thrice(content):
-    content["post_processor"]["single"] *= 3
-
-
 def gap(content):
     content["model"]["vocab"]["[UNK]"] = 10**8
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "[UNK]"]
 
 
+DAMAGES = {  # of a tokenizer.json
+    "far": lambda content: content["post_processor"]["special_tokens"]["[SEP]"].update(ids=[10**6]),
+    "many": lambda content: content["post_processor"]["single"].extend(12 * content["post_processor"]["single"][-1:]),
+    "thrice": lambda content: content["post_processor"].update(single=3 * content["post_processor"]["single"]),
+    "gap": gap,
+    "empty": dict.clear,
+}
+
+
 def test_a_tokenizer_that_cannot_serve_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     without_padding = save(tmp_path / "without a padding or end token", lambda content: None)
-    damaged = [save(tmp_path / f.__name__, f, pad_token="[PAD]") for f in (far, many, thrice, gap, dict.clear)]
+    damaged = [save(tmp_path / name, damage, pad_token="[PAD]") for name, damage in DAMAGES.items()]
     for name in (*damaged, without_padding, "no/such-model", "/dev/null"):
         assert "data.tokenizer is " in make.refused(load, name), name
 
