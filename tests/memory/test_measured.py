@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from matplotlib import colormaps
@@ -18,7 +19,6 @@ from ds_cmli import engine
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.libraries import silence
 from ds_cmli.memory import out_of_memory
 from ds_cmli.memory.categories import TrainingRecorder
 from ds_cmli.memory.command import fit_sentence
@@ -27,7 +27,7 @@ from ds_cmli.memory.largest_batch import LargestBatch
 from ds_cmli.memory.report import CATEGORIES, PHASES, plot, summarise
 from ds_cmli.memory_model.caching_allocator import Event
 from tests import make
-from tests.ranks import start_ranks
+from tests.ranks import start_function
 
 RETRIED = ", only as PyTorch's allocator returns its cache"
 
@@ -120,17 +120,16 @@ def test_a_picture_of_more_events_than_it_draws_reaches_the_peak(tmp_path):
     assert heights.max() == pytest.approx(5 * np.median(heights[heights > 0]), rel=0.05), "in pixels"
 
 
-def train_in(folder: str, limited: str, megabytes: str) -> None:
-    """Train. One rank may have only so many MB beside what it has before the model is built."""
+def train_in_little(rank: int, folder: Path) -> None:
+    """Train. Rank 1 may have only 220 MB beside what it has before the model is built."""
     device = distributed.init()
     config = make.config(optim={"micro_batch": 384}, student={"layers": 2, "shared_blocks": 4})
     import deepspeed  # noqa: F401  before the limit: the libraries are not the training
 
-    if distributed.rank() == int(limited):
-        data = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
-        limit = int(data) * 1024 + int(megabytes) * 2**20
+    if rank == 1:
+        limit = psutil.Process().memory_info().data + 220 * 2**20
         resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
-    with out_of_memory.ending(Path(folder), device) as engines:
+    with out_of_memory.ending(folder, device) as engines:
         ds_config = DeepSpeedConfig.of(ZERO2).filled(config, distributed.world_size(), 20)
         train_engine = engine.build(config, ds_config, 1000, 20, device)
         engines.append(train_engine)
@@ -142,17 +141,15 @@ def train_in(folder: str, limited: str, megabytes: str) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_runs_out_of_memory_says_so_and_the_other_one_ends_too(tmp_path):
-    """The second of two may have 220 MB beside what it has before the model is built."""
-    outputs = [tmp_path / f"rank{rank}" for rank in range(2)]
-    ranks = start_ranks(["-m", "tests.memory.test_measured", tmp_path, 1, 220], outputs)
-    codes = [rank.wait(200) for rank in ranks]
-    first, second = (output.read_text() for output in outputs)
-    assert codes[1] == 2 and codes[0] != 0 and "trained" not in first + second, (codes, first, second)
-    assert "error: out of memory" not in first and "Traceback" not in second
-    line, *table = second[second.index("error: out of memory") :].splitlines()
-    assert re.fullmatch(r"error: out of memory: rank 1 asked for [\d,]+ B", line)
-    sizes = [int(row[1].replace(",", "")) for row in (re.fullmatch(r" +\D+ ([\d,]+) B", row) for row in table)]
-    assert sizes and sizes == sorted(sizes, reverse=True)
+    log = tmp_path / "log"
+    ranks = start_function(train_in_little, 2, log, tmp_path)
+    for rank in ranks:
+        rank.join(200)
+    text = log.read_text()
+    assert ranks[1].exitcode == 2 and ranks[0].exitcode and "trained" not in text, text
+    (table,) = re.findall(r"^error: out of memory: rank 1 asked for [\d,]+ B\n((?: +\D+ [\d,]+ B\n)+)", text, re.M)
+    sizes = [int(size.replace(",", "")) for size in re.findall(r"([\d,]+) B\n", table)]
+    assert sizes == sorted(sizes, reverse=True) and text.count("error: out of memory") == 1
 
 
 SHORTAGES = [
@@ -182,8 +179,3 @@ def test_a_shortage_of_memory_is_one_line_and_other_errors_are_raised(error, tmp
         assert str(raised.value).startswith("out of memory: rank 0")
         assert tensors[0]() is None, "the memory of the step is not free for the line about it"
     assert not list(tmp_path.iterdir()) and sys.exc_info()[0] is None
-
-
-if __name__ == "__main__":
-    silence()
-    train_in(*sys.argv[1:])
