@@ -5,7 +5,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
 
 import open_clip
 import torch
@@ -150,25 +150,15 @@ def library_of(kind: str) -> str:
     return {"CLIP": "clip", "SigLIP": "siglip"}.get(kind, "open_clip")
 
 
-class LibraryFeatures(NamedTuple):
-    """Features that a library computes of pictures and texts with the model of a folder."""
-
-    model: Any
-    pixels: torch.Tensor
-    std: list[float]
-    ids: torch.Tensor
-    images: torch.Tensor  # features
-    texts: torch.Tensor
-
-
 @torch.no_grad()
-def library_features(folder: Path, pictures: list, texts: list[str]) -> LibraryFeatures:
+def library_features(folder: Path, pictures: list, texts: list[str]) -> SimpleNamespace:
+    """Compute features of pictures and texts, `images` and `texts`, by the library with the model of a folder."""
     if (folder / "open_clip_config.json").is_file():
         model, transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
         pixels = torch.stack([*map(transform, pictures)])
         ids = open_clip.get_tokenizer(f"local-dir:{folder}")(texts)
-        features = model.eval().encode_image(pixels), model.encode_text(ids)
-        return LibraryFeatures(model, pixels, model.visual.image_std, ids, *features)
+        features = {"images": model.eval().encode_image(pixels), "texts": model.encode_text(ids)}
+        return SimpleNamespace(model=model, pixels=pixels, std=model.visual.image_std, ids=ids, **features)
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     model = transformers.AutoModel.from_pretrained(folder)
     pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
@@ -177,8 +167,11 @@ def library_features(folder: Path, pictures: list, texts: list[str]) -> LibraryF
     words = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     ids = words["input_ids"]
     mask = {"attention_mask": words["attention_mask"]} if model.config.model_type == "clip" else {}
-    features = model.get_image_features(pixels), model.get_text_features(ids, **mask)
-    return LibraryFeatures(model, pixels, processor.image_std, ids, *(x.pooler_output for x in features))
+    features = {
+        "images": model.get_image_features(pixels).pooler_output,
+        "texts": model.get_text_features(ids, **mask).pooler_output,
+    }
+    return SimpleNamespace(model=model, pixels=pixels, std=processor.image_std, ids=ids, **features)
 
 
 def library_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -139,6 +139,7 @@ def test_text_encoders_whose_tokens_do_not_see_padding_and_their_changed_fields(
 IMAGE = "student.image_model"
 TEXT = "student.text_model"
 TYPO = "vit_tinny_patch16_224"
+SHALLOW = {**BERT, "num_hidden_layers": 1}
 RESNET = {"image_model": "resnet18", "image_overrides": FEATURE_MAPS["resnet18"], "size": 96}
 
 
@@ -154,11 +155,7 @@ RESNET = {"image_model": "resnet18", "image_overrides": FEATURE_MAPS["resnet18"]
         (TEXT, {"text_model": "bart", "text_overrides": {}}, "no text encoder of 'bart' alone"),
         (TEXT, {"text_model": "vit", "text_overrides": {}}, "text_overrides has 'pad_token_id'"),
         (TEXT, {"text_overrides": {**BERT, "vocab_size": 50}}, "it has 50 tokens and data.tokenizer 99"),
-        (
-            TEXT,
-            {"text_overrides": {**BERT, "num_hidden_layers": 1}, "layers": 2},
-            "it has 1 layers, and student.layers is 2",
-        ),
+        (TEXT, {"text_overrides": SHALLOW, "layers": 2}, "it has 1 layers, and student.layers is 2"),
         (TEXT, {"text_model": "roberta", "positions": 512}, "data.context_length is 512, and it has only 511"),
     ],
 )
