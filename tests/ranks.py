@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LATE = "deepspeed.runtime.zero.muon.muon_optimizer"  # what an engine would import: all that torch.compile is
-_pools: list[tuple[ProcessPoolExecutor, int]] = []  # one process for each rank, and its id
+_pools: list[ProcessPoolExecutor] = []  # one process for each rank
 _ports = iter(random.SystemRandom().sample(range(20000, 32000), 12000))  # each once, for jobs that start together
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}  # the environment of an only rank
 
@@ -145,22 +144,16 @@ def run(function: Callable, world: int, *arguments: object, group: bool = True, 
     Without `group` the ranks have a launcher's variables alone. The processes stay for the next call. If a rank fails,
     or takes longer than `timeout` seconds, all processes are ended.
     """
-    if len(_pools) < world:
-        more = [ProcessPoolExecutor(1, forkserver()) for _ in range(len(_pools), world)]
-        started = [pool.submit(os.getpid) for pool in more]
-        _pools.extend((pool, pid.result()) for pool, pid in zip(more, started, strict=True))
-    call = (function, arguments, group)
-    jobs = [
-        pool.submit(_rank, env, rank, world, *call)
-        for rank, (env, (pool, _)) in enumerate(zip(environments(world), _pools, strict=False))
-    ]
+    _pools.extend(ProcessPoolExecutor(1, forkserver()) for _ in range(len(_pools), world))
+    call = (world, function, arguments, group)
+    jobs = [_pools[rank].submit(_rank, env, rank, *call) for rank, env in enumerate(environments(world))]
     wait(jobs, timeout, FIRST_EXCEPTION)
     late = [rank for rank, job in enumerate(jobs) if not job.done()]
     if late or any(job.exception() for job in jobs):
-        for pool, pid in _pools:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            pool.shutdown(wait=True)
+        for process in multiprocessing.active_children():
+            process.kill()
+        for pool in _pools:
+            pool.shutdown()
         _pools.clear()
     for rank, job in enumerate(jobs):
         if rank not in late:
