@@ -145,6 +145,8 @@ def test_what_it_is_not_is_refused(clip_folder, tmp_path):
     began = run_of(gone, tmp_path / "began")
     as_siglip = refused(export, began, new, "--as", "siglip")
     assert "--as is 'siglip', and the run's student began as clip" in as_siglip
+    timm = run_of(write_source(tmp_path / "timm", "siglip"), tmp_path / "run2", data={"image_size": 240})
+    assert "px: leave out --as" in refused(export, timm, new, "--as", "open_clip")
     assert "no student.source: leave it out" in refused(export, run, new, "--interpolate", "0.5")
     shutil.rmtree(gone)
     assert "no such file or folder" in refused(export, began, new, "--interpolate", "0.5")
