@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
@@ -99,17 +100,20 @@ def source(tmp_path_factory) -> list[str]:
     return ["--data", pairs(tmp_path_factory.mktemp("data") / "pairs", count=63)]
 
 
-@pytest.fixture
-def fp16_device(monkeypatch):
-    """A device that is said to have fp16, so that nothing falls back to bf16."""
-    import torch
+def pretend_fp16(patch: pytest.MonkeyPatch) -> None:
+    """Have the device said to have fp16, so that nothing falls back to bf16."""
     from deepspeed.accelerator import get_accelerator
 
     from ds_cmli import engine
 
-    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
-    monkeypatch.setattr(get_accelerator(), "supported_dtypes", lambda: [torch.float, torch.bfloat16, torch.half])
-    monkeypatch.setattr(engine, "adapt_to_device", lambda ds_config: ds_config)
+    patch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+    patch.setattr(get_accelerator(), "supported_dtypes", lambda: [torch.float, torch.bfloat16, torch.half])
+    patch.setattr(engine, "adapt_to_device", lambda ds_config: ds_config)
+
+
+@pytest.fixture
+def fp16_device(monkeypatch):
+    pretend_fp16(monkeypatch)
 
 
 @pytest.fixture(scope="session")
