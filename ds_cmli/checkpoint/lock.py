@@ -179,8 +179,4 @@ def _take(path: Path, holder: Holder) -> None:
                 )
         # Write a new file, because a holder that still runs goes on touching the old one.
         path.unlink(missing_ok=True)
-        try:
-            path.write_text(json.dumps(asdict(holder)))
-        except OSError:  # the disk is full
-            path.unlink(missing_ok=True)
-            raise
+        path.write_text(json.dumps(asdict(holder)))
