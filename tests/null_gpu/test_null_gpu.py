@@ -47,13 +47,10 @@ def test_a_step_takes_what_is_predicted(null_gpu, gpu, setting):
     assert totals["reserved"] == pytest.approx(counted["reserved"], rel=0.02)
 
 
-def test_as_many_communicators_are_made_as_are_predicted(null_gpu, tmp_path):
-    output = finished(null_gpu(GPU) | {"NCCL_DEBUG": "INFO"}, *training(tmp_path / "run"))
-    assert output.count("Init COMPLETE") == 2
-
-
-def test_the_memory_of_its_first_steps_is_that_of_its_prediction(null_gpu, tmp_path):
-    finished(null_gpu(GPU), *training(tmp_path / "run", **{"--profile-memory": 2}))
+def test_the_memory_and_the_communicators_of_its_first_steps_are_those_of_its_prediction(null_gpu, tmp_path):
+    words = training(tmp_path / "run", **{"--profile-memory": 2})
+    output = finished(null_gpu(GPU) | {"NCCL_DEBUG": "INFO"}, *words)
+    assert output.count("Init COMPLETE") == 2, "communicators"
     content = json.loads((tmp_path / "run" / "memory.json").read_text())
     assert content["measurement"]["source"] == "measured: NVIDIA A100-SXM4-80GB"
     totals = content["differences"]["totals"]

@@ -71,15 +71,8 @@ def test_matches_and_global_losses_agree():
     torch.testing.assert_close(ours.forward(image[:6], text, _, scale), expected)
 
 
-@pytest.fixture(scope="module")
-def warm():
-    """Libraries have taken the workspaces that they take once."""
-    for implementation in ways.implementations(Setting(2, 1, 4, 4, 8, 8)).values():
-        list(ways.run(implementation, "cpu", backward=True))
-
-
 @pytest.mark.parametrize("key", ways.implementations(SMALL), ids=" ".join)
-def test_predicted_is_what_the_allocator_reports(warm, key):
+def test_predicted_is_what_the_allocator_reports(key):
     estimate, way, *_ = key
     implementation = ways.implementations(SMALL)[key]
     forward, whole = ways.predict(implementation)
@@ -88,15 +81,17 @@ def test_predicted_is_what_the_allocator_reports(warm, key):
         inputs = implementation.inputs("cpu")
         assert whole.largest in cpu_sizes(lambda: implementation.forward(*inputs))
     else:
-        assert list(ways.run(implementation, "cpu", backward=True))[-1] == whole
+        *_, measured = measure.measure(implementation, "cpu", whole.passes)
+        assert measured == whole
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_the_op_of_a_cpu_is_predicted_as_it_is_measured(warm, backend):
+def test_the_op_of_a_cpu_is_predicted_as_it_is_measured(backend):
     """With its compiled kernels, and by PyTorch's operators."""
     implementation = ways.implementations(Setting(B=24, P=2, N=49, M=16, H=32, D=64))["E2", "ours"]
     implementation = replace(implementation, function=partial(implementation.function, backend=backend))
-    assert tuple(ways.run(implementation, "cpu", True)) == ways.predict(implementation)
+    measured = measure.measure(implementation, "cpu", "forward and backward")
+    assert tuple(measured) == ways.predict(implementation)
 
 
 def test_a_measurement_that_takes_too_long_or_too_much_is_ended():
