@@ -32,6 +32,7 @@ UNDECLARED = words("""
     attention_head_size conv_act conv_groups conv_kernel_size embedding_size norm_rel_ebd
     position_buckets share_att_key talking_head
 """)
+CLASS_BLOCKS = ("cls_attn_blocks", "blocks_token_only")  # of CaiT and XCiT, after the patches'
 
 
 class PixelNorm(nn.Module):
@@ -81,8 +82,7 @@ class ImageEncoder(nn.Module):
         self.model = create_timm_model(name, image_size, weights, overrides or {})
         stages = [dict(stage) for stage in self.model.feature_info]
         self.last = last_block(stages, layers, block)
-        # The pretrained final norm fits only the last block; student and teacher have their own.
-        self.model.prune_intermediate_layers([self.last], prune_norm=True, prune_head=True)
+        cut_timm_model(self.model, self.last)
         parameters = inspect.signature(self.model.forward_intermediates).parameters
         self.has_tokens = "return_prefix_tokens" in parameters  # ViT, DeiT, BEiT, EVA
         class_token = getattr(self.model, "cls_token", None)
@@ -144,6 +144,15 @@ def last_block(stages: list[dict], layers: int | None, block: int | None) -> int
         parts = "blocks" if plain else "stages and no plain stack"
         raise ValueError(f"it has {num_blocks} {parts}, and student.layers is {layers}: give null")
     return layers - 1
+
+
+def cut_timm_model(model: Any, last: int) -> None:
+    # The pretrained final norm fits only the last block; student and teacher have their own.
+    model.prune_intermediate_layers([last], prune_norm=True, prune_head=True)
+    for blocks in CLASS_BLOCKS:  # which timm below 1.0.31 keeps, empty, with their class token
+        if hasattr(model, blocks):
+            setattr(model, blocks, None)
+            model.cls_token = None
 
 
 def blocks_of_stages(model: nn.Module, stages: Iterable[str]) -> list[nn.Module]:
