@@ -125,7 +125,7 @@ def gather_tensors(tensors: list[Tensor]) -> list[list[Tensor]]:
     """Return every rank's tensors, all on the CPU, in rank order, on every rank. Collective.
 
     They may differ between ranks in number, shape and dtype. They travel as bytes, because
-    `gather_objects` takes several times as long for large tensors.
+    `gather_objects` takes up to twice as long for large tensors.
     """
     if world_size() == 1:
         return [tensors]
