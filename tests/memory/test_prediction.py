@@ -6,7 +6,6 @@ import os
 import pickle
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -247,19 +246,13 @@ def report(stage: int = 2, source: str = "predicted") -> Report:
     return Report(setting, source, dict.fromkeys(CATEGORIES, 0), dict.fromkeys(PHASES, 0), totals)
 
 
-@pytest.fixture
-def shown(capsys, monkeypatch) -> Callable[[Report], str]:
-    """Return what `show` prints of a report on a wide terminal."""
+def test_what_zero_3_may_reserve_beyond_its_prediction_is_in_every_answer(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
 
-    def printed(printed_report: Report) -> str:
-        show(printed_report)
+    def shown(printed: Report) -> str:
+        show(printed)
         return capsys.readouterr().out
 
-    return printed
-
-
-def test_what_zero_3_may_reserve_beyond_its_prediction_is_in_every_answer(shown):
     margin = "with ZeRO-3 up to 5% more"
     largest_batch = LargestBatch(64, report(stage=3), {64: 24 * 10**9, 65: 26 * 10**9})
     answer = "fits in 25.00 GB with micro-batch 64; 65 needs 26.00 GB"
