@@ -56,10 +56,15 @@ class Model:
     def load(
         cls, path: str | Path, device: str | torch.device | None = None, batch_size: int = 50
     ) -> "Model":
-        """Load a run, an export, or what else training can start from, such as a plain CLIP: a
-        folder, a file of weights in a run's, or a name of the hub. Raises `UserError`.
+        """Load a trained student, or a model that training can start from, such as a plain CLIP.
 
-        `device`: None means a GPU if there is one, and else the CPU.
+        Args:
+            path: the folder of a run, of an export or of a model; a file of weights of a run; or
+                the name of a model on the hub.
+            device: None: a GPU if there is one, otherwise the CPU.
+            batch_size: how many pictures or texts are embedded at a time.
+
+        Raises `UserError`.
         """
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         source = ModelSource(str(path))
@@ -73,11 +78,11 @@ class Model:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """The number of rows and of columns of patches; N is their product."""
+        """Return the number of rows and of columns of patches; N is their product."""
         return self.evaluator.student.grid
 
     def read(self, picture: Picture) -> Tensor:
-        """Prepare a file or an image in memory as in training -> uint8 [3, S, S]."""
+        """Return a file or an image in memory as training prepares it, uint8 [3, S, S]."""
         return View.of(self.config.data)(picture)
 
     @torch.inference_mode()
@@ -90,15 +95,16 @@ class Model:
             pictures = picture_files(Path(pictures))
         if not pictures:
             raise UserError(f"no picture is given: give some, or a folder of {', '.join(SUFFIXES)}")
-        names = []
-        for number, picture in enumerate(pictures):
-            names.append(str(picture if isinstance(picture, str | Path) else number))
-        rows = [(picture, None) for picture in pictures]
-        files = embed.PictureFiles(View.of(self.config.data), rows)
+        names = [
+            str(picture if isinstance(picture, str | Path) else number)
+            for number, picture in enumerate(pictures)
+        ]
+        without_captions = [(picture, None) for picture in pictures]
+        files = embed.PictureFiles(View.of(self.config.data), without_captions)
         cls_parts = []
         patch_parts = []
-        for _, cls, patches, broken in self.evaluator.images(files, [*range(len(rows))]):
-            for number, reason in broken.items():
+        for _, cls, patches, broken in self.evaluator.images(files, list(range(len(names)))):
+            for number, reason in broken.items():  # The first one that cannot be read ends this.
                 raise UserError(f"the picture {names[number]} cannot be read: {reason}")
             cls_parts.append(cls.cpu())  # CPU-GPU sync
             patch_parts.append(patches.cpu())
@@ -123,18 +129,22 @@ class Model:
     def scores(self, images: ImageEmbeddings, texts: TextEmbeddings) -> dict[str, DirectionScores]:
         """Score all images against all texts, on the model's device.
 
-        Returns for each kind i2t and t2i, fp32 [I, J] each, on the CPU: "global", the cosines of
-        class tokens, "cmli", and, if temperatures were trained, "combined", the sum over them.
+        Returns i2t and t2i by kind, fp32 [I, J] each, on the CPU. The kinds are "global", the
+        cosines of class tokens; "cmli"; and, if temperatures were trained, "combined", the sum of
+        the kinds that have a temperature, each divided by it.
         """
         text_features = embed.PaddedTexts(texts.cls, texts.tokens, texts.token_mask)
         image_features = [*map(embed.Embedding, images.cls, images.patches)]
-        parts = defaultdict(list)
+        blocks_by_kind = defaultdict(list)
         for start in range(0, len(image_features), MAX_SCORED):
             block = image_features[start : start + MAX_SCORED]
             scores = self.evaluator.scores(block, text_features)
-            for kind, both in scores.items():
-                parts[kind].append(torch.stack(both).cpu())  # [2, I, J], CPU-GPU sync
-        return {kind: DirectionScores(*torch.cat(blocks, 1)) for kind, blocks in parts.items()}
+            for kind, directions in scores.items():
+                on_cpu = torch.stack(directions).cpu()  # [2, I, J], CPU-GPU sync
+                blocks_by_kind[kind].append(on_cpu)
+        return {
+            kind: DirectionScores(*torch.cat(blocks, 1)) for kind, blocks in blocks_by_kind.items()
+        }
 
     def match(self, picture: Picture, text: str) -> Match:
         """Match each word of a text with its best patch, and each patch with its best word."""
@@ -144,7 +154,7 @@ class Model:
 
 
 def picture_files(path: Path) -> list[Path]:
-    """Return the pictures of a folder and its subfolders, or the file itself."""
+    """Return the pictures of a folder and its subfolders, or a file itself. Raises `UserError`."""
     if not path.exists():
         raise UserError(f"the pictures {str(path)!r}: no such file or folder")
     if path.is_file():

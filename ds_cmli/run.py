@@ -72,7 +72,7 @@ class Run:
         except Exception as loading_error:
             # Raised below on all ranks, because the others must not wait for this one.
             error = loading_error
-        signalled = preemption.requested() is not None
+        signalled = preemption.end_request() is not None
         save_due_here = self.checkpoints.due()  # by this rank's clock
         failed, stop, save_due = self.flags.any(
             error is not None, signalled, save_due_here
@@ -216,7 +216,7 @@ class Run:
         one call in so many seconds is collective.
         """
         self.watchdog.heartbeat()
-        if self.stop_poll.any(preemption.requested() is not None):  # at times collective
+        if self.stop_poll.any(preemption.end_request() is not None):  # at times collective
             raise preemption.Preempted
 
     def save_if_changed(self) -> None:

@@ -84,10 +84,11 @@ def refuse_contradictions(
     if config.run.report_to == "wandb":
         with blame("run.report_to is 'wandb'"):
             import wandb  # noqa: F401
-    if config.run.compile != "off" and profiles.memory is not None:
+    if config.run.compile != "off" and profiles.memory_steps is not None:
         raise UserError(
-            f"run.compile is {config.run.compile!r} and --profile-memory is {profiles.memory}: "
-            "a prediction knows uncompiled blocks only: leave out one of the two"
+            f"run.compile is {config.run.compile!r} and --profile-memory is "
+            f"{profiles.memory_steps}: a prediction knows uncompiled blocks only: leave out one of "
+            "the two"
         )
     if config.optim.steps is not None:
         # Called only to raise: no profile is left out before the first step.
@@ -151,7 +152,8 @@ def train(
         chosen = engines.resolve_backend(config, ds_config, device)  # collective
         release = stack.enter_context(contextlib.ExitStack())  # once `out_of_memory` has counted
         # The tensors of these engines are named if memory runs out.
-        engines_built = stack.enter_context(out_of_memory.ending(folder, device, keeps_process))
+        exit_on_shortage = out_of_memory.exit_on_shortage(folder, device, keeps_process)
+        engines_built = stack.enter_context(exit_on_shortage)
         engine = engines.build(  # collectives
             chosen, ds_config, data.vocab_size, total_steps, device, data.pad_id
         )
@@ -189,7 +191,7 @@ def train(
         )
         profiled = profiles.around(engine, chosen, ds_config, folder, state.step)
         after_step = stack.enter_context(profiled)
-        stack.enter_context(preemption.handled())
+        stack.enter_context(preemption.handle_signals())
         return loop(run, after_step), folder  # collectives
 
 
@@ -279,7 +281,7 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
         run.save_if_changed()  # collectives
         run.writer.close()
         run.checkpoints.require_saved(state)
-        signal = preemption.requested() or "a signal to another rank"
+        signal = preemption.end_request() or "a signal to another rank"
         run.writer.print(
             f"stopped at step {state.step} of {run.total_steps} by {signal}: start again with "
             f"--output-dir {run.checkpoints.folder} to go on"

@@ -30,15 +30,15 @@ def command(run: str, pairs: str, image: str | None, text: str | None, output: s
 
     model = Model.load(run)
     if image is not None and text is not None:
-        shown = [(model.read(image), text)]
+        pairs_to_draw = [(model.read(image), text)]
     else:
-        shown = held_out_pairs(model.config, pairs)
+        pairs_to_draw = held_out_pairs(model.config, pairs)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (pixels, caption) in enumerate(shown):
+    for number, (pixels, caption) in enumerate(pairs_to_draw):
         picture = sheet(pixels, caption, model.match(pixels, caption))
         picture.save(folder / f"match-{number}.png", optimize=True)
-    click.echo(f"match maps of {len(shown)} {noun(len(shown), 'pair')}: {output}")
+    click.echo(f"match maps of {len(pairs_to_draw)} {noun(len(pairs_to_draw), 'pair')}: {output}")
 
 
 def held_out_pairs(config: Config, numbers: str) -> list[tuple[Any, str]]:
@@ -46,13 +46,13 @@ def held_out_pairs(config: Config, numbers: str) -> list[tuple[Any, str]]:
     from ds_cmli.data.build import build_eval_data
     from ds_cmli.evaluate.embed import pictures_of
 
-    evals, _ = build_eval_data(config.data, config.run.seed, None)
-    (split, data), *_ = evals.items()
-    rows = list(dict.fromkeys(pictures_of(data)))
+    eval_sets, _ = build_eval_data(config.data, config.run.seed, None)
+    (split, data), *_ = eval_sets.items()  # the first held-out set
+    rows = list(dict.fromkeys(pictures_of(data)))  # of each picture, the row of its first caption
     captions = [caption for _, caption in data.rows]
     with blame(f"--pairs is {numbers!r}: give numbers of the {len(rows)} pictures of {split}"):
-        chosen = [rows[int(number)] for number in numbers.split(",")]
-        return [(data.image(row), captions[row]) for row in chosen]
+        chosen_rows = [rows[int(number)] for number in numbers.split(",")]
+        return [(data.image(row), captions[row]) for row in chosen_rows]
 
 
 def main() -> None:

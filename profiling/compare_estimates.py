@@ -1,8 +1,8 @@
 """python profiling/compare_estimates.py [--only E1,E4] [--json FILE] [--markdown FILE]
 
 The memory estimates E1 to E5 of Cares (2024): as written, corrected, predicted and measured; and a
-whole training step, by category. On a GPU where there is one, otherwise on the CPU, which takes no
-whole step. `profiling/predict.py` says what fits a GPU.
+whole training step, by category. Measurements run on a GPU if there is one, otherwise on the CPU,
+where the whole step is predicted only. `profiling/predict.py` says what fits a GPU.
 """
 
 if __name__ == "__main__" and not __package__:  # run by its path
@@ -10,7 +10,7 @@ if __name__ == "__main__" and not __package__:  # run by its path
 
 import os
 
-# Threads that wait for each other use up the CPU's time. Before torch is imported.
+# Threads that wait for each other use up the CPU's time. torch reads this when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
@@ -44,10 +44,10 @@ POSITIONS = click.IntRange(3)  # [CLS], [SEP] and a word
 @click.option("--D", "D", type=SIZE, default=256, show_default=True, help="Embedding size.")
 @click.option("--only", metavar="E1,E3", help="These rows, without a preset's step.")
 @click.option("--preset", type=click.Choice(tuple(PRESETS)), default="demo",
-              help="Whose whole step is predicted and measured.", show_default=True)  # fmt: skip
+              help="Predict and measure a whole step of this one.", show_default=True)  # fmt: skip
 @click.option("--gpu-memory", metavar="SIZE",
-              help="Of a GPU to predict the whole step for: 48GB.")  # fmt: skip
-@click.option("--sm", metavar="N.N", help="Its compute capability: 8.9.")
+              help="Predict the whole step for a GPU of this size: 48GB.")  # fmt: skip
+@click.option("--sm", metavar="N.N", help="The compute capability of that GPU: 8.9.")
 @click.option("--json", "json_path", metavar="FILE", help="The rows, one object each.")
 @click.option("--markdown", "markdown_path", metavar="FILE", help="The tables.")
 def command(only, preset, gpu_memory, sm, json_path, markdown_path, **sizes) -> None:
@@ -77,7 +77,7 @@ def command(only, preset, gpu_memory, sm, json_path, markdown_path, **sizes) -> 
 
 
 class Answers:
-    """Sentences, printed as they come; tables, printed at the end; and the content of the JSON."""
+    """The results: sentences, printed as they come; tables, printed later; the JSON's content."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -111,9 +111,9 @@ def compare(
     from ds_cmli.libraries import silence
     from profiling.memory.estimates import arithmetic, claims, question, sentences
 
-    selected = {id: claim for id, claim in claims(setting).items() if id in ids}
-    answers.tables.append(arithmetic(selected, setting))
-    answers.say(question(selected, setting), *sentences(selected))
+    selected_claims = {id: claim for id, claim in claims(setting).items() if id in ids}
+    answers.tables.append(arithmetic(selected_claims, setting))
+    answers.say(question(selected_claims, setting), *sentences(selected_claims))
     silence()
     import torch
 
@@ -127,33 +127,35 @@ def compare(
         present_gpu = given_gpu or gpus.of_device(torch.cuda.get_device_properties(0))
     if "E4" in ids:
         steps.document_config(setting)  # raises for sizes that its models cannot have
-    predicts = True
+    has_fake_gpu = True
     try:
         guard()
-    except UserError as error:  # the estimates and, on a CPU, the measurements need no compiler
-        predicts = False
+    except UserError as error:
+        has_fake_gpu = False
         answers.say(f"Not predicted: {error}")
-    measures = predicts or present_gpu is None
+    # E1, E2, E3 and E5 are predicted for the device that measures them: a CPU, or this GPU.
+    has_rows = has_fake_gpu or present_gpu is None
+    has_document_steps = "E4" in ids and has_fake_gpu
+    has_whole_step = preset is not None and has_fake_gpu
     variants = steps.VARIANTS[: steps.NUM_ANSWERING] if preset else steps.VARIANTS
-    num_trials = measure.num_rows(setting, ids) if measures else 0
-    if predicts:
-        num_trials += len(variants) * ("E4" in ids) + (preset is not None)
+    num_trials = measure.num_rows(setting, ids) if has_rows else 0
+    num_trials += len(variants) * has_document_steps + has_whole_step
     progress = Progress(num_trials)
-    if measures:
+    if has_rows:
         rows = measure.rows(setting, ids, present_gpu, progress.begin)
         progress.end()
         if rows:
             answers.say(*measure.sentences(rows))
             answers.tables += measure.tables(rows)
             answers.content += [asdict(row) for row in rows]
-    if "E4" in ids and predicts:
+    if has_document_steps:
         reports = steps.predict_document(setting, variants, assumed_gpu, progress.begin)
         progress.end()
         answers.say(steps.document_sentence(reports, assumed_gpu))
         answers.tables.append(steps.document_table(reports, assumed_gpu))
         for name, report in reports.items():
             answers.content.append({"id": "E4", "implementation": name} | report.to_dict())
-    if preset is not None and predicts:
+    if has_whole_step and preset is not None:
         progress.begin(f"the whole step of {preset}")
         num_ranks = setting.P if preset == "paper" else 1
         gpu = present_gpu or given_gpu or assumed_gpu

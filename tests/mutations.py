@@ -105,7 +105,7 @@ ROWS = (
      "summed_means / distributed.world_size()[--]{+ ** 2+}"),
     # Faults: a signal or the end of a launcher that is missed, a rank that hangs, a bad loss, too many of them.
     ("faults-signal", "faults/preemption.py", "test_each_signal_sets_the_flag_until_the_end",
-     "[-    _requested.append((name, time.monotonic()))\n-]{++}"),
+     "[-    _requests.append((name, time.monotonic()))\n-]{++}"),
     ("faults-launcher", "faults/preemption.py", "test_a_rank_learns_of_its_launchers_end",
      "if [-psutil.Process().parents()[: len(launchers)] != launchers-]{+False+}:"),
     ("faults-hung", "faults/diagnosis.py", "test_the_rank_at_fault_is_named_and_the_job_ends",
@@ -183,7 +183,7 @@ ROWS = (
      "updates = [-float-]{+0 * float+}("),
     # Memory: the allocator's rules, and what several ranks share.
     ("memory-rest", "memory_model/caching_allocator.py", "test_worked_out_by_hand",
-     "if left >= MIN_BLOCK if small else left >[--]{+=+} SMALL_REQUEST:"),
+     "is_split = left >= MIN_BLOCK if small else left >[--]{+=+} SMALL_REQUEST"),
     ("memory-segment", "memory_model/caching_allocator.py", "test_worked_out_by_hand",
      "elif size >[-=-]{++} MIN_LARGE_SEGMENT_REQUEST:"),
     ("memory-neighbours", "memory_model/caching_allocator.py", "test_worked_out_by_hand",

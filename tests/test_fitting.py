@@ -94,7 +94,7 @@ def test_a_lack_of_memory_is_raised_a_signal_saves_and_signals_are_the_scripts_a
         ds_cmli.fit(settings(tmp_path), data, on_log=lambda step, values: os.kill(os.getpid(), signal.SIGUSR1))
     assert (tmp_path / "checkpoint" / "latest").read_text() == "step1"
     assert [signal.getsignal(number) for number in preemption.SIGNALS] == handlers
-    assert preemption.requested() is None
+    assert preemption.end_request() is None
     assert ds_cmli.fit(settings(tmp_path), data).metrics["step"] == 4
 
 

@@ -1,4 +1,4 @@
-"""Inside `fake_cuda`, this process has one GPU, that is not there."""
+"""`fake_cuda` gives a process a GPU that is not there, whose tensors hold no data."""
 
 import ctypes
 import gc
@@ -29,11 +29,10 @@ from ds_cmli.fake_cuda.streams import CudaEvent, Stream
 from ds_cmli.memory_model.caching_allocator import MIN_BLOCK, round_up
 from ds_cmli.memory_model.gpus import Gpu
 
-# Versions of PyTorch from the first to before the second are known to answer alike.
-OLDEST = "2.10"
-NEXT = "2.16"
+OLDEST_TORCH = "2.10"  # The patches below are known to work from this version
+NEXT_TORCH = "2.16"  # to before this one.
 FOREACH = "_foreach_supported_types"
-GPU = (torch.cuda, torch.cuda.memory, torch.cuda.random, torch.cuda.nvtx)
+CUDA_MODULES = (torch.cuda, torch.cuda.memory, torch.cuda.random, torch.cuda.nvtx)
 # Results of the functions of torch.cuda that need no state.
 ANSWERS = {
     "init _lazy_init set_device manual_seed manual_seed_all set_rng_state ipc_collect": None,
@@ -47,9 +46,9 @@ ANSWERS = {
 
 
 def _run_with_mode(function: Callable) -> Callable:
-    """Return a rule for an operator of ours: run its function under the mode that meets it.
+    """Return a dispatch rule for an operator of this package: run its function under the same mode.
 
-    So a mode sees the memory that the operator's kernels allocate.
+    Otherwise the mode would see the operator alone, and not what its function allocates.
     """
 
     def rule(mode, func, types, args, kwargs):
@@ -68,9 +67,9 @@ for _mode in (Recorder, KnownValues):
 
 @contextmanager
 def fake_cuda(recorder: Recorder, gpu: Gpu) -> Iterator[None]:
-    """Inside, tensors hold no data, and what they take of the GPU is recorded.
+    """Give this process the GPU: its tensors hold no data, and `recorder` records their memory.
 
-    All is undone at the end: it works in any process, and again and again.
+    All is undone at the end, so that a process can enter it several times.
 
     Raises:
         UserError: this version of PyTorch is not known, or there is no compiler.
@@ -84,7 +83,7 @@ def fake_cuda(recorder: Recorder, gpu: Gpu) -> Iterator[None]:
         stack.callback(torch.set_rng_state, torch.get_rng_state())
         guard().fake_cuda_on()
         stack.callback(guard().fake_cuda_off)
-        # Backward runs in this thread.
+        # Backward runs in this thread: the modes below are those of a thread.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         for owner, name, replacement in _patches(_cuda_functions(gpu, recorder)):
             if hasattr(owner, name):
@@ -105,8 +104,9 @@ def fake_cuda(recorder: Recorder, gpu: Gpu) -> Iterator[None]:
 def guard() -> ctypes.CDLL:
     """Return the small library by which PyTorch's C++ finds the GPU, compiled into the cache."""
     installed = TorchVersion(torch.__version__)
-    if installed < OLDEST or installed >= NEXT:
-        raise UserError(f"torch is {installed}: a prediction knows {OLDEST} to before {NEXT}")
+    if installed < OLDEST_TORCH or installed >= NEXT_TORCH:
+        known = f"{OLDEST_TORCH} to before {NEXT_TORCH}"
+        raise UserError(f"torch is {installed}: a prediction knows {known}")
     root = Path(torch.__file__).parent
     flags = ["-std=c++20", f"-I{root / 'include'}", f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu"]
     # Another version has another library.
@@ -120,17 +120,17 @@ def _patches(gpu_functions: dict[str, object]) -> list[tuple[object, str, object
     from deepspeed.ops.op_builder.builder import OpBuilder
 
     return [
-        # They ask the driver, and a predicted step is to find a GPU without one.
-        *((module, *named) for module in GPU for named in gpu_functions.items()),
-        # ZeRO-3 replaces it for good by a function that keeps less for backward.
+        # These functions ask the driver, which need not be there.
+        *((module, *named) for module in CUDA_MODULES for named in gpu_functions.items()),
+        # ZeRO-3 replaces it for good by a function that keeps less for backward: this puts it back.
         (F, "linear", F.linear),
-        # It replaces parameters without data even where nothing changes, and then fails.
+        # PyTorch's replaces parameters without data even if nothing changes, and then fails.
         (nn.Module, "_apply", _apply),
         # PyTorch would change neither the tensor's device nor whether it has data.
         (Tensor, "data", _data_of_any_device(Tensor.data)),
-        # It does not know tensors without data as what they stand for.
+        # Optimizers update several tensors at once if their type is listed: add that without data.
         *((x, FOREACH, [*getattr(x, FOREACH), FakeTensor]) for x in (optimizer, _foreach_utils)),
-        # It compiles kernels for a GPU, which update in place and allocate nothing.
+        # DeepSpeed's compiles kernels for a GPU. They update in place and allocate nothing.
         (OpBuilder, "load", kernels.load_without_kernels(OpBuilder.load)),
     ]
 
@@ -169,8 +169,8 @@ def _cuda_functions(gpu: Gpu, recorder: Recorder) -> dict[str, object]:
         "synchronize": synchronize,
         "current_stream": lambda *_: Stream.current,
         "default_stream": lambda *_: Stream(number=0),
-        "set_stream": lambda on: setattr(Stream, "current", on),
-        "stream": lambda on: mock.patch.object(Stream, "current", on or Stream.current),
+        "set_stream": lambda stream: setattr(Stream, "current", stream),
+        "stream": lambda stream: mock.patch.object(Stream, "current", stream or Stream.current),
         "device": nullcontext,
         "Stream": Stream,
         "Event": CudaEvent,
@@ -182,9 +182,9 @@ def _always(value: object) -> Callable[..., object]:
 
 
 def _apply(self: nn.Module, function: Callable, recurse: bool = True) -> nn.Module:
-    """Replace `nn.Module._apply`: each parameter stays the same object, as optimizers hold it."""
-    for part in self.children() if recurse else ():
-        part._apply(function)
+    """Do what `nn.Module._apply` does, but keep each parameter's object: optimizers hold it."""
+    for child in self.children() if recurse else ():
+        child._apply(function)
     for parameter in self._parameters.values():
         if parameter is not None:
             _convert(parameter, function)
@@ -195,7 +195,7 @@ def _apply(self: nn.Module, function: Callable, recurse: bool = True) -> nn.Modu
 
 
 def _data_of_any_device(original: Any) -> property:
-    """Replace `Tensor.data`, which is set to move parameters."""
+    """Return a `Tensor.data` to which data of another device can be assigned, as DeepSpeed does."""
 
     def assign(self: Tensor, new: Tensor) -> None:
         same_kind = isinstance(self, FakeTensor) == isinstance(new, FakeTensor)
@@ -208,6 +208,7 @@ def _data_of_any_device(original: Any) -> property:
 
 
 def _convert(tensor: Tensor, function: Callable[[Tensor], Tensor]) -> None:
+    """Turn a tensor into the result of `function`; the object stays the same."""
     with torch.no_grad():
         new = function(tensor)
     if new is tensor:

@@ -55,7 +55,7 @@ def _attention(
     scale = options.get("scale")
     enable_gqa = options.get("enable_gqa", False)
     inputs = query, key, value, attn_mask, dropout_p, is_causal
-    kernel = workspaces.attention(*inputs, enable_gqa, gpu)
+    kernel = workspaces.attention_kernel(*inputs, enable_gqa, gpu)
     if kernel == workspaces.FLASH:
         width = query.shape[-1]
         if width % 8:  # PyTorch pads the heads to a multiple of 8 and scales as without

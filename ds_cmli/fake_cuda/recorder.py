@@ -1,6 +1,6 @@
 """Records every storage, real or fake, that a program allocates and frees on a device, in order.
 
-What a GPU's operators hold inside is given by formulas (`memory_model/workspaces.py`).
+The scratch memory of a GPU's operators comes from formulas (`memory_model/workspaces.py`).
 """
 
 import sys
@@ -21,10 +21,12 @@ from ds_cmli.memory_model.caching_allocator import Event
 from ds_cmli.memory_model.gpus import Gpu
 
 aten = torch.ops.aten
-# Autograd adds gradients up in place, where the first is no view, but not under a dispatch mode:
-# there these operators return a new tensor, and their argument is freed before the next allocation.
+# Without a dispatch mode autograd adds a gradient to the first one in place, unless that is a view.
+# Under a mode it calls these operators instead: they return a new tensor, and their argument is
+# freed before the next allocation.
 ADDED_IN_PLACE = (aten.add.Tensor, aten.index_add.default, aten.index_put.default, aten.scatter.src)
-DISPATCHING = ("/torch/_", "/fake_cuda/")  # files that call operators and modes of dispatch
+# Parts of the paths of files whose functions stand between autograd and `__torch_dispatch__`.
+DISPATCHING = ("/torch/_", "/fake_cuda/")
 
 
 @dataclass
@@ -32,23 +34,23 @@ class Allocation:
     """A block of memory from its allocation to its end."""
 
     op: str  # the operator that allocated it
-    phase: str  # of its allocation
-    segment: int  # of its allocation
-    recomputed: bool  # whether checkpointing was recomputing a forward pass
-    stream: int  # of a GPU, for which it was allocated
-    category: str | None = None  # the first claim stays
+    phase: str  # the phase in which it was allocated
+    segment: int  # the segment in which it was allocated
+    recomputed: bool  # allocated while checkpointing recomputed a forward pass
+    stream: int  # the stream for which it was allocated
+    category: str | None = None  # set by the first claim; later ones do not change it
     ended: int | None = None  # the segment in which it was freed
-    readers: set[Stream] = field(default_factory=set)  # other streams that perhaps still read it
+    readers: set[Stream] = field(default_factory=set)  # other streams that may still read it
 
 
-Held = list[tuple[int, int]]  # blocks inside an operator, and their bytes
+ScratchBlocks = list[tuple[int, int]]  # blocks and their bytes
 
 
 @dataclass
 class Live:
     """A storage that exists now."""
 
-    block: int
+    block: int  # its index in `Recorder.allocations`
     bytes: int
     reference: "weakref.ref[torch.UntypedStorage] | None" = None  # its callback frees the block
 
@@ -58,8 +60,8 @@ class Recorder(TorchDispatchMode):
 
     Args:
         device: the type of device whose memory is recorded.
-        gpu: that of a prediction: also record what its operators hold inside.
-        workspace_bytes: of cuBLAS; 0: its workspaces were taken before.
+        gpu: the GPU of a prediction, for which scratch memory is recorded too; None: no prediction.
+        workspace_bytes: the size of a cuBLAS workspace; 0: cuBLAS took its workspaces before.
     """
 
     def __init__(self, device: str = "cuda", gpu: Gpu | None = None, workspace_bytes: int = 0):
@@ -67,52 +69,55 @@ class Recorder(TorchDispatchMode):
         self.device = device
         self.gpu = gpu
         self.phase = "init"
-        # Block, bytes (negative: freed; 0: `Event` says what), phase.
+        # (block, bytes, phase) of each change; bytes as in `Event`: negative for a free.
         self.log: list[tuple[int, int, str]] = []
-        self.blocks: list[Allocation] = []
+        self.allocations: list[Allocation] = []
         self.live: dict[int, Live] = {}  # by the storage's address
         # What is allocated and freed within one segment was temporary. Each phase is a segment, but
         # a forward pass and its losses are one, and backward is divided where checkpointing begins
         # and ends to recompute a forward pass.
         self.segment = 0
         self.recomputing = False
-        # After an operator of ADDED_IN_PLACE in backward, and until the next allocation: the index
-        # of the result's allocation in `log`, and the block of the argument.
-        self.in_place_at = 0
-        self.in_place_of: int | None = None
-        self.scoped: str | None = None  # the category of what is allocated now
-        # Blocks that have ended, their bytes, and the events that their frees wait for.
-        self.pending: list[tuple[int, int, list[CudaEvent]]] = []
+        # Set by an operator of ADDED_IN_PLACE that autograd calls: if its argument is freed before
+        # the next allocation, `_free` takes the result's allocation back out of `log`.
+        self.result_index = 0  # of the result's allocation in `log`
+        self.argument_block: int | None = None  # None: there is nothing to take back
+        self.scope_category: str | None = None  # the category of what is allocated now
+        # (block, bytes, events) of blocks that are to be freed when all these events are done.
+        self.pending_frees: list[tuple[int, int, list[CudaEvent]]] = []
         self.workspace_bytes = workspace_bytes
-        # Where cuBLAS has a workspace: whether in the thread of backward, and the stream.
-        self.with_workspace: set[tuple[bool, int]] = set()
+        # (is it the thread of backward, stream) for which cuBLAS has a workspace.
+        self.places_with_workspace: set[tuple[bool, int]] = set()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # which wraps each call of the method below; nothing is compiled here
+        return False  # True would wrap each call of `__torch_dispatch__`; nothing is compiled here
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        grad = self.phase == "backward" and torch.is_grad_enabled()
-        if grad != self.recomputing:
-            self.recomputing = grad
+        # Checkpointing turns gradients on in backward while it recomputes a forward pass.
+        recomputing = self.phase == "backward" and torch.is_grad_enabled()
+        if recomputing != self.recomputing:
+            self.recomputing = recomputing
             self.segment += 1
         if func is aten.record_stream.default:
             return self._record_stream(*args)
-        inside = workspaces.Inside()
-        if self.gpu is not None and func in workspaces.OPERATORS and self._is_on_device(args[0]):
-            inside = workspaces.OPERATORS[func](self.gpu, *args)
-        held = self._hold([], inside.before, func)
+        scratch = workspaces.Scratch()
+        if self.gpu is not None and func in workspaces.FORMULAS and self._is_on_device(args[0]):
+            scratch = workspaces.FORMULAS[func](self.gpu, *args)
+        held = self._pass_stages([], scratch.before, func)
         out = func(*args, **(kwargs or {}))
         if self.gpu is not None:
-            out = workspaces.returned(func, args, out)
+            out = workspaces.cuda_result(func, args, out)
         if func in ADDED_IN_PLACE:
-            held = self._hold(held, ((),), func)  # already, as the result replaces its argument
-        num_changes = len(self.log)
+            # Free scratch blocks first: the result may take the place of the argument.
+            held = self._pass_stages(held, ((),), func)
+        result_index = len(self.log)
         self._record_results(func, out)
-        self._hold(held, (*inside.after, ()), func)
-        if func in ADDED_IN_PLACE and num_changes < len(self.log) and self._is_accumulating(grad):
-            self.in_place_at = num_changes
-            self.in_place_of = None if args[0]._is_view() else self.block_of(args[0])
+        self._pass_stages(held, (*scratch.after, ()), func)
+        is_recorded = result_index < len(self.log)
+        if func in ADDED_IN_PLACE and is_recorded and self._is_accumulating():
+            self.result_index = result_index
+            self.argument_block = None if args[0]._is_view() else self.block_of(args[0])
         if self.workspace_bytes and func in workspaces.PRODUCTS:
             self._take_workspace(func)
         return out
@@ -120,18 +125,18 @@ class Recorder(TorchDispatchMode):
     def _take_workspace(self, product: OpOverload) -> None:
         """Record what cuBLAS takes from torch's allocator after the result is allocated.
 
-        The program's thread and that of backward each take a workspace for a stream at their first
-        matrix product there, and keep it. From PyTorch 2.15 on each product takes one and returns
-        it, and one with a bias takes LT_WORKSPACE.
+        The program's thread and that of backward each take a workspace at their first product on a
+        stream, and keep it. From PyTorch 2.15 on every product takes a workspace and returns it,
+        of at most LT_WORKSPACE bytes for a product with a bias.
         """
         place = torch._C._current_graph_task_id() >= 0, Stream.current.stream_id
-        if workspaces.KEEPS_WORKSPACES and place in self.with_workspace:
+        if workspaces.KEEPS_WORKSPACES and place in self.places_with_workspace:
             return
-        self.with_workspace.add(place)
+        self.places_with_workspace.add(place)
         size = self.workspace_bytes
         if product is aten.addmm.default and not workspaces.KEEPS_WORKSPACES:
             size = min(size, workspaces.LT_WORKSPACE)
-        # Not a subclass's method: the code that multiplies does not own the workspace.
+        # Call this class's method: a subclass's would take the multiplying code for the owner.
         block = Recorder._allocate(self, size, "temporaries", "cuBLAS")
         if not workspaces.KEEPS_WORKSPACES:
             self._free(block, size)
@@ -139,21 +144,24 @@ class Recorder(TorchDispatchMode):
     def _is_on_device(self, x: object) -> bool:
         return isinstance(x, Tensor) and x.device.type == self.device
 
-    def _is_accumulating(self, grad: bool) -> bool:
+    def _is_accumulating(self) -> bool:
         """Return True if autograd itself, and no function of Python, has called the operator."""
-        if self.phase != "backward" or grad:
+        if self.phase != "backward" or self.recomputing:
             return False
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and any(part in frame.f_code.co_filename for part in DISPATCHING):
             frame = frame.f_back
         return frame is None or frame.f_code.co_name == "_engine_run_backward"
 
-    def _hold(self, held: Held, stages: tuple, func: OpOverload) -> Held:
-        """Go through the stages of what an operator holds inside; blocks of equal sizes stay."""
+    def _pass_stages(self, held: ScratchBlocks, stages: tuple, func: OpOverload) -> ScratchBlocks:
+        """Free and allocate an operator's scratch blocks, stage by stage; return those of the last.
+
+        A block stays allocated if the next stage has one of equal size at its place in the order.
+        """
         for stage in stages:
             sizes = [size for size in stage if size]
             kept_blocks: dict[int, int] = {}  # by their places in this stage
-            end = len(sizes)  # blocks before this one can only take places before `end`
+            end = len(sizes)  # The order stays: a block's place is before that of the next block.
             for block, size in reversed(held):
                 places = [place for place in range(end) if sizes[place] == size]
                 if places:
@@ -175,7 +183,8 @@ class Recorder(TorchDispatchMode):
         for x in results:
             if self._is_on_device(x):
                 self._record_tensor(x, None, func)
-        if self.gpu is not None and any(map(self._is_on_device, results[:1])) and not func.is_view:
+        has_kernel = any(map(self._is_on_device, results[:1])) and not func.is_view
+        if self.gpu is not None and has_kernel:
             Stream.current.work.launch()
 
     def _record_tensor(
@@ -191,11 +200,11 @@ class Recorder(TorchDispatchMode):
             if live.bytes == size:
                 return
             self._free_when_read(live.block, live.bytes)
-            category = category or self.blocks[live.block].category
+            category = category or self.allocations[live.block].category
             del self.live[storage._cdata]
         if size:
             key = storage._cdata
-            live = Live(self._allocate(size, category or self.scoped, op), size)
+            live = Live(self._allocate(size, category or self.scope_category, op), size)
             live.reference = weakref.ref(storage, lambda _: self._storage_ended(key, live))
             self.live[key] = live
 
@@ -213,48 +222,50 @@ class Recorder(TorchDispatchMode):
         self._allocate(0, "temporaries", "empty_cache")
 
     def _allocate(self, size: int, category: str | None, op: OpOverload | str) -> int:
-        for pending in list(self.pending):
-            ended, ended_bytes, events = pending
+        # PyTorch's allocator completes the frees whose readers are done before it allocates.
+        for pending in list(self.pending_frees):
+            ended_block, ended_bytes, events = pending
             if all(event.is_done for event in events):
-                self.pending.remove(pending)
-                self._free(ended, ended_bytes)
-        block = len(self.blocks)
-        self.in_place_of = None
+                self.pending_frees.remove(pending)
+                self._free(ended_block, ended_bytes)
+        block = len(self.allocations)
+        self.argument_block = None
         stream = Stream.current.stream_id if self.gpu is not None else 0
         moment = self.phase, self.segment, self.recomputing
-        self.blocks.append(Allocation(str(op), *moment, stream, category))
+        self.allocations.append(Allocation(str(op), *moment, stream, category))
         self.log.append((block, size, self.phase))
         return block
 
     def _free_when_read(self, block: int, size: int) -> None:
-        readers = self.blocks[block].readers
+        """Free a block: now, or when the streams that may read it have done what was launched."""
+        readers = self.allocations[block].readers
         if readers:
             events = [stream.record_event() for stream in readers]
-            self.pending.append((block, size, events))
+            self.pending_frees.append((block, size, events))
             self.log.append((block, 0, self.phase))
         else:
             self._free(block, size)
 
     def _free(self, block: int, size: int) -> None:
-        if block == self.in_place_of:
-            result, result_bytes, _ = self.log[self.in_place_at]
+        if block == self.argument_block:
+            result_block, result_bytes, _ = self.log[self.result_index]
             if result_bytes == size:
-                # Autograd has added in place: the result's allocation is undone, and its storage is
-                # that of the block.
-                del self.log[self.in_place_at]
-                self.in_place_of = None
+                # Without this mode autograd would have added in place: the result has not been
+                # allocated, and its storage uses the argument's block.
+                del self.log[self.result_index]
+                self.argument_block = None
                 for live in self.live.values():
-                    if live.block == result:
+                    if live.block == result_block:
                         live.block = block
                 return
         self.log.append((block, -size, self.phase))
-        self.blocks[block].ended = self.segment
+        self.allocations[block].ended = self.segment
 
     def _record_stream(self, tensor: Tensor, stream: torch.Stream) -> None:
-        """Handle `Tensor.record_stream`: keep the block until `stream` has come so far."""
+        """Handle `Tensor.record_stream`: a free of the block waits for what `stream` does."""
         block = self.block_of(tensor)
-        if block is not None and stream.stream_id != self.blocks[block].stream:
-            self.blocks[block].readers.add(Stream(number=stream.stream_id))
+        if block is not None and stream.stream_id != self.allocations[block].stream:
+            self.allocations[block].readers.add(Stream(number=stream.stream_id))
 
     def claim(self, category: str, tensors: Iterable[object]) -> None:
         """Assign tensors to `category`; those from before the recording are recorded now."""
@@ -262,19 +273,19 @@ class Recorder(TorchDispatchMode):
             if isinstance(tensor, Tensor) and self._is_on_device(tensor):
                 self._record_tensor(tensor, category)
                 block = self.block_of(tensor)
-                if block is not None and self.blocks[block].category is None:
-                    self.blocks[block].category = category
+                if block is not None and self.allocations[block].category is None:
+                    self.allocations[block].category = category
 
     def category(self, block_number: int) -> str:
         """Return the category of a block, as far as it is known now."""
-        return self.blocks[block_number].category or "temporaries"
+        return self.allocations[block_number].category or "temporaries"
 
     def events(self) -> list[Event]:
-        """Return all changes so far."""
-        categories = list(map(self.category, range(len(self.blocks))))
+        """Return all allocations and frees so far, with the categories that are known now."""
+        categories = list(map(self.category, range(len(self.allocations))))
         out = []
         for block, size, phase in self.log:
-            allocation = self.blocks[block]
+            allocation = self.allocations[block]
             requests_free = not size and allocation.op != "empty_cache"
             origin = allocation.op, allocation.stream, requests_free
             out.append(Event(block, size, categories[block], phase, *origin))

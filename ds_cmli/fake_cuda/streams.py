@@ -1,8 +1,8 @@
 """Streams and events of a GPU that is not there.
 
-A GPU runs behind its host: what was launched counts as done when somebody has waited for it, or
-when MAX_AHEAD launches have followed on its stream. Until then the allocator keeps what another
-stream may still read (`Tensor.record_stream`). A GPU that keeps up with its host needs less.
+A GPU runs behind its host. Here a launch counts as done as late as possible: when the program has
+waited for it, or when MAX_AHEAD launches have followed on its stream. Until then the allocator
+keeps what another stream may still read (`Tensor.record_stream`). A faster GPU needs less memory.
 """
 
 from collections import defaultdict
@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 MAX_AHEAD = 1024  # launches that a stream can hold
-MAX_QUERIES = 1000  # times that an event is not done, so that a loop that asks for it ends
+MAX_QUERIES = 1000  # An event is done after so many queries, so that a loop over `query` ends.
 
 
 class Work:
@@ -26,18 +26,19 @@ class Work:
         self.launched += 1
         self.finish(self.launched - MAX_AHEAD)
 
-    def finish(self, number: int) -> None:
-        """Count the launches up to `number` as done, and what they have waited for."""
-        if number <= self.done:
+    def finish(self, until_launch: int) -> None:
+        """Count the launches up to this number as done, and what they have waited for."""
+        if until_launch <= self.done:
             return
-        self.done = number
+        self.done = until_launch
         for other, (since, until) in list(self.waits.items()):
-            # Another wait that has ended here may have taken this one.
-            if since < number and other in self.waits:
+            # `other.finish` can come back to this method, which then has deleted further waits.
+            if since < until_launch and other in self.waits:
                 del self.waits[other]
                 other.finish(until)
 
     def wait(self, other: "Work", until: int) -> None:
+        """Let all later launches wait for the launch `until` of another stream."""
         if other is not self and other.done < until:
             self.waits[other] = self.launched, until
             self.launch()  # the wait, which somebody may wait for in turn
@@ -112,4 +113,5 @@ class CudaEvent:
         return self.is_done
 
     def elapsed_time(self, end: "CudaEvent") -> float:
+        # No time is known.
         return 1.0

@@ -22,29 +22,32 @@ SIGNALS = [signal.Signals[f"SIG{x}"] for x in ("TERM", "USR1", "USR2", "INT", "Q
 SAME_PRESS = 1.0
 INTERVAL = 0.5  # seconds between two looks for the launcher
 
-_requested: list[tuple[str, float]] = []  # what asked the run to end, and when
+_requests: list[tuple[str, float]] = []  # (signal or event, time.monotonic())
 
 
 class Preempted(Exception):
     """Leaves work that need not be finished before the run ends; raised on all ranks together."""
 
 
-def requested() -> str | None:
-    """Return the first signal (or event) that asked the run to end, by name, or None."""
-    return _requested[0][0] if _requested else None
+def end_request() -> str | None:
+    """Return the name of the first signal (or event) that asked the run to end, or None."""
+    return _requests[0][0] if _requests else None
 
 
 @contextmanager
-def handled() -> Iterator[None]:
+def handle_signals() -> Iterator[None]:
     """Let signals inside ask the run to end; a second INT interrupts it as usual."""
     handlers = {}
     for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
         # Under nohup HUP stays ignored.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             handlers[number] = signal.signal(number, _request_end)
-    # `torchrun` is the parent of its ranks. Between `deepspeed` and its ranks stands a process that
-    # survives it. `srun` ends its tasks itself.
-    num_launchers = 2 if "CROSS_RANK" in os.environ else int("TORCHELASTIC_RUN_ID" in os.environ)
+    if "CROSS_RANK" in os.environ:
+        num_launchers = 2  # `deepspeed`, and between it and its ranks a process that survives it
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        num_launchers = 1  # `torchrun`
+    else:
+        num_launchers = 0  # `srun` ends its tasks itself.
     launchers = psutil.Process().parents()[:num_launchers]
     ended = threading.Event()
     threading.Thread(target=_watch_launcher, args=(launchers, ended), daemon=True).start()
@@ -54,27 +57,27 @@ def handled() -> Iterator[None]:
         ended.set()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        _requested.clear()
+        _requests.clear()
 
 
 def _request_end(number: int, frame: FrameType | None) -> None:
     name = signal.Signals(number).name
-    last_press = time.monotonic() - SAME_PRESS
-    if number == signal.SIGINT and any(n == name and at < last_press for n, at in _requested):
+    other_press = time.monotonic() - SAME_PRESS  # a request before this time was another Ctrl-C
+    if number == signal.SIGINT and any(n == name and at < other_press for n, at in _requests):
         raise KeyboardInterrupt
-    _requested.append((name, time.monotonic()))
+    _requests.append((name, time.monotonic()))
 
 
 def _watch_launcher(launchers: list[psutil.Process], ended: threading.Event) -> None:
-    """Ask the run to end when its launcher has ended, which would leave its ranks behind."""
+    """Ask the run to end when its launcher has ended: nobody else ends the ranks then."""
     while launchers and not ended.wait(INTERVAL):
         if psutil.Process().parents()[: len(launchers)] != launchers:
-            _requested.append(("the end of its launcher", time.monotonic()))
+            _requests.append(("the end of its launcher", time.monotonic()))
             return
 
 
 def block_signals(worker: int) -> None:
-    """Block the signals in a data loading process, whose data the rank still needs."""
+    """Block the signals in a data loading process: its rank still needs data for its last step."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 

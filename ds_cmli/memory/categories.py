@@ -126,15 +126,15 @@ class TrainingRecorder(Recorder):
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
         """Mark a phase of the step, or the category of the allocations inside."""
-        previous = self.scoped
+        previous = self.scope_category
         if name in NEXT_PHASE:
             self.begin(name)
         else:
-            self.scoped = "exchanged text" if name == "exchange" else name
+            self.scope_category = "exchanged text" if name == "exchange" else name
         try:
             yield
         finally:
-            self.scoped = previous
+            self.scope_category = previous
             if name in NEXT_PHASE:
                 self.begin(NEXT_PHASE[name])
 
@@ -146,11 +146,11 @@ class TrainingRecorder(Recorder):
             names = [name for part, name in CATEGORY_BY_FILE.items() if part in file]
             # Blocks of the engine's construction that stay are claimed by `owners`.
             if names and (self.phase != "init" or names[0] == "ZeRO buckets"):
-                self.category_by_block[len(self.blocks)] = names[0]
+                self.category_by_block[len(self.allocations)] = names[0]
         return super()._allocate(size, category, op)
 
     def category(self, block_number: int) -> str:
-        block = self.blocks[block_number]
+        block = self.allocations[block_number]
         category = block.category
         if category is None or category == "temporaries":
             category = self.category_by_block.get(block_number, category)

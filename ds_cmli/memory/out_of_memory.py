@@ -39,14 +39,17 @@ def is_shortage(error: BaseException) -> bool:
 
 
 @contextmanager
-def ending(folder: Path, device: torch.device, raises: bool = False) -> Iterator[list[TrainEngine]]:
-    """Build and train inside: if memory runs out, this ends the process.
+def exit_on_shortage(
+    folder: Path, device: torch.device, raises: bool = False
+) -> Iterator[list[TrainEngine]]:
+    """End the process with a message if memory runs out while the engine is built or trains.
 
     Yields a list for the engine, once there is one: its tensors are counted in the message.
 
     Args:
         folder: the run's folder; on a GPU the snapshot is written there.
-        raises: if there is one rank alone, raise `UserError` with the message instead.
+        raises: raise `UserError` with the message instead if the run has a single rank. The caller
+            is then a program, so the message quotes no command line.
     """
     snapshot = folder / f"out_of_memory-rank{distributed.rank()}.pickle"
     if device.type == "cuda":
@@ -57,11 +60,12 @@ def ending(folder: Path, device: torch.device, raises: bool = False) -> Iterator
     except (MemoryError, RuntimeError, OSError) as error:
         if not is_shortage(error):
             raise
-        fit_words = fit_options(device) if device.type == "cuda" else ""
+        gpu_options = fit_options(device) if device.type == "cuda" else ""
         sizes = held_bytes(engines, device)
         # The traceback's frames hold the step's tensors, and printing takes memory.
         traceback.clear_frames(error.__traceback__)
-        text = message(error, sizes, fit_words, "" if raises else shlex.join(sys.argv[1:]))
+        run_options = "" if raises else shlex.join(sys.argv[1:])
+        text = message(error, sizes, gpu_options, run_options)
         if snapshot.exists():
             text += f"\n  snapshot for pytorch.org/memory_viz: {snapshot}"
         if raises and distributed.world_size() == 1:
@@ -73,9 +77,9 @@ def ending(folder: Path, device: torch.device, raises: bool = False) -> Iterator
 
 
 def held_bytes(engines: list[TrainEngine], device: torch.device) -> dict[str, int]:
-    """Return the bytes of what the engine holds on the device, and on a GPU of all else there."""
+    """Return the bytes by category: what the engine holds on the device, and on a GPU all else."""
     sizes = Counter[str]()
-    seen = set[int]()
+    seen = set[int]()  # storages, which several tensors can share
     for engine in engines:
         for category, tensors in owners(engine):
             for tensor in tree_leaves(tensors):
@@ -91,7 +95,7 @@ def held_bytes(engines: list[TrainEngine], device: torch.device) -> dict[str, in
 
 
 def fit_options(device: torch.device) -> str:
-    """Return the options of ds-cmli-memory that mean this GPU."""
+    """Return the options by which ds-cmli-memory searches what fits this GPU."""
     try:
         return f"--fit {shlex.quote(gpus.find(torch.cuda.get_device_name(device)).name)}"
     except UserError:
@@ -100,28 +104,30 @@ def fit_options(device: torch.device) -> str:
         return f"--fit {size} --gpu-memory {size} --sm {major}.{minor}"
 
 
-def message(error: BaseException, sizes: dict[str, int], fit_words: str, options: str) -> str:
+def message(error: BaseException, sizes: dict[str, int], gpu_options: str, run_options: str) -> str:
     """Name the failed request, the categories that hold memory, largest first, and a command.
 
     Args:
-        fit_words, options: those of the GPU and of the run, for the command that finds what fits.
+        gpu_options: the GPU, for the command that finds what fits; "": there is no command.
+        run_options: the options of train.py, for the same command.
     """
     lines = [f"out of memory: rank {distributed.rank()}"]
-    size = re.search(r"tried to allocate ([\d.]+ [a-z]+)", str(error), re.IGNORECASE)
-    requested = gpus.parse_bytes(size[1]) if size else None
-    if requested is not None:
-        lines[0] += f" asked for {requested:,} B"
-    for category, n in sorted(sizes.items(), key=lambda item: -item[1]):
-        if n:
-            lines.append(f"{category:<24} {n:>16,} B")
-    if fit_words:
-        words = *filter(None, [options]), f"--world-size {distributed.world_size()}", fit_words
-        lines.append(f"what fits: ds-cmli-memory {' '.join(words)}")
+    request = re.search(r"tried to allocate ([\d.]+ [a-z]+)", str(error), re.IGNORECASE)
+    requested_bytes = gpus.parse_bytes(request[1]) if request else None
+    if requested_bytes is not None:
+        lines[0] += f" asked for {requested_bytes:,} B"
+    for category, num_bytes in sorted(sizes.items(), key=lambda item: -item[1]):
+        if num_bytes:
+            lines.append(f"{category:<24} {num_bytes:>16,} B")
+    if gpu_options:
+        command = ["ds-cmli-memory", run_options]
+        command += [f"--world-size {distributed.world_size()}", gpu_options]
+        lines.append(f"what fits: {' '.join(filter(None, command))}")
     return "\n  ".join(lines)
 
 
 def _save_when_cuda_runs_out(path: Path) -> None:
-    """Have the allocator's state and history saved at the moment when an allocation fails."""
+    """Record the allocator's history, and let a failed allocation save it with the state."""
     record_history()
 
     def save(device: int, size: int, total: int, free: int) -> None:

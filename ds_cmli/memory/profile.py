@@ -32,17 +32,17 @@ AfterStep = Callable[[], None]  # called at the end of each step of the training
 
 @dataclass(frozen=True)
 class Profiles:
-    trace: str | None = None  # --profile
-    memory: int | None = None  # --profile-memory
+    trace_steps: str | None = None  # --profile, "FIRST:LAST"
+    memory_steps: int | None = None  # --profile-memory, how many
 
     def still_possible(self, total_steps: int, done: int) -> "Profiles":
         """Return the profiles that a run can record after `done` steps; print those left out.
 
         Raises:
-            UserError: no start of this run could record a profile, or both profiles are requested.
+            UserError: the training never takes these steps, or both profiles are requested.
         """
-        trace = self.trace
-        memory = self.memory
+        trace = self.trace_steps
+        memory = self.memory_steps
         if memory is not None and not 1 <= memory <= total_steps:
             remedy = f"give 1 to {total_steps} steps of the training; 2 see the peak"
             raise UserError(f"--profile-memory is {memory}: {remedy}")
@@ -71,10 +71,11 @@ class Profiles:
 
         `config` and `ds_config` are what `engine.build` took; `done` steps were taken before.
         """
-        if self.trace is not None:
-            return profiling(parse_steps(self.trace, sys.maxsize), folder / "profile", done)
-        if self.memory is not None:
-            return profiling_memory(self.memory, train_engine, config, ds_config, folder)
+        if self.trace_steps is not None:
+            steps = parse_steps(self.trace_steps, sys.maxsize)  # `still_possible` has checked them
+            return profiling(steps, folder / "profile", done)
+        if self.memory_steps is not None:
+            return profiling_memory(self.memory_steps, train_engine, config, ds_config, folder)
         return nullcontext(lambda: None)
 
 
@@ -95,26 +96,26 @@ def parse_steps(text: str, total_steps: int) -> tuple[int, int]:
 
 @contextmanager
 def profiling(steps: tuple[int, int], folder: Path, done: int) -> Iterator[AfterStep]:
-    """Record the first to the last of `steps`, counted from 1, of which `done` were taken before.
+    """Trace the first to the last of `steps`, which count from 1; `done` steps were taken before.
 
-    `folder` gets one file from each rank, `rank<r>.<time>.pt.trace.json`, after the last one.
+    After the last one each rank writes `rank<r>.<time>.pt.trace.json` into `folder`.
     """
     import torch
     from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
 
     from ds_cmli.distributed import process_group as distributed
 
+    first, last = steps
     rank = distributed.rank()
     handler = tensorboard_trace_handler(str(folder), worker_name=f"rank{rank}")
 
     def write(profiler: profile) -> None:
         try:
             handler(profiler)
-            print_line(f"trace of steps {steps[0]} to {steps[1]}: {folder}")
+            print_line(f"trace of steps {first} to {last}: {folder}")
         except (OSError, RuntimeError) as error:  # the training goes on
             print(f"warning: rank {rank}: no trace in {folder}: {error}", flush=True)
 
-    first, last = steps
     warmup = min(first - done - 1, 1)  # starting the tracer takes time
     profiler = profile(
         activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available(),
@@ -137,10 +138,10 @@ def profiling_memory(
     ds_config: DeepSpeedConfig,
     folder: Path,
 ) -> Iterator[AfterStep]:
-    """Measure the first `steps` steps: 1 is before the optimizer's states exist.
+    """Measure the next `steps` steps. The first one creates the optimizer's states: 2 see the peak.
 
-    After the last of them rank 0 writes `folder/memory.json`; at the end of the loop a process
-    predicts for this GPU what was measured, and the differences are added.
+    After the last of them rank 0 writes `folder/memory.json`. At the end of the loop, on a GPU, it
+    adds a prediction for this GPU and the differences.
     """
     import torch
 
@@ -151,56 +152,57 @@ def profiling_memory(
     from ds_cmli.memory_model import gpus
 
     device = train_engine.device
-    done = 0
-    longest = 0  # positions of the texts
-    cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if cuda else "CPU"
-    recorder = TrainingRecorder(device.type)
-    content = JsonObject()
-    measuring = ExitStack()
-    setting = {"preset": config.run.preset, "steps": steps, "gpu": name}
+    on_gpu = device.type == "cuda"
+    device_name = torch.cuda.get_device_name(device) if on_gpu else "CPU"
+    setting = {"preset": config.run.preset, "steps": steps, "gpu": device_name}
     setting["world_size"] = distributed.world_size()
+    recorder = TrainingRecorder(device.type)
+    watching = ExitStack()  # closed after the last measured step
+    num_taken = 0
+    max_positions = 0  # the length of the longest text so far
+    report = JsonObject()  # the content of memory.json, on rank 0 after the last measured step
 
-    def note_texts(module: object, inputs: tuple) -> None:
-        nonlocal longest
-        longest = max(longest, inputs[0].token_mask.shape[1])
+    def note_positions(module: object, inputs: tuple) -> None:
+        nonlocal max_positions
+        (batch, *_) = inputs
+        max_positions = max(max_positions, batch.token_mask.shape[1])
 
     def after_step() -> None:
-        nonlocal done
-        done += 1
-        if done != steps:
+        nonlocal num_taken
+        num_taken += 1
+        if num_taken != steps:
             return
-        measuring.close()
+        watching.close()
         if not distributed.is_main():
             return
-        report = summarise(recorder.events(), setting, f"measured: {name}")
-        if cuda:
-            report.take_totals(peak_totals(device))  # CPU-GPU sync
+        measurement = summarise(recorder.events(), setting, f"measured: {device_name}")
+        if on_gpu:
+            measurement.take_totals(peak_totals(device))  # CPU-GPU sync
             torch.cuda.memory._dump_snapshot(str(folder / SNAPSHOT))
             record_history()  # back to the history that every training run keeps
-        content["measurement"] = report.to_dict()
-        _write(folder / REPORT_FILE, content)
+        report["measurement"] = measurement.to_dict()
+        _write(folder / REPORT_FILE, report)
 
-    with measuring:
-        measuring.enter_context(train_engine.objective.register_forward_pre_hook(note_texts))
-        if cuda:
+    with watching:
+        watching.enter_context(train_engine.objective.register_forward_pre_hook(note_positions))
+        if on_gpu:
             record_history(10**7)
-            torch.cuda.reset_peak_memory_stats(device)  # what came before is no step
-        measuring.enter_context(recorder)
-        measuring.enter_context(recorder.attach(train_engine))
+            torch.cuda.reset_peak_memory_stats(device)  # loading is not measured
+        watching.enter_context(recorder)
+        watching.enter_context(recorder.attach(train_engine))
         yield after_step
-    if content and cuda:
-        step = Step(config, ds_config, distributed.world_size(), 0, positions=longest)
+    if report and on_gpu:
+        step = Step(config, ds_config, distributed.world_size(), 0, positions=max_positions)
         gpu = gpus.of_device(torch.cuda.get_device_properties(device))
-        predicted = _predicted(step, gpu)
-        if predicted is not None:
-            content["prediction"] = predicted
-            content["differences"] = differences(predicted, content["measurement"])
-            _write(folder / REPORT_FILE, content)
+        prediction = _predict_in_process(step, gpu)
+        if prediction is not None:
+            report["prediction"] = prediction
+            report["differences"] = differences(prediction, report["measurement"])
+            _write(folder / REPORT_FILE, report)
 
 
-def _predicted(step: "Step", gpu: "Gpu") -> JsonObject | None:
-    """Return the prediction for this GPU by a process of its own; None: there is none."""
+def _predict_in_process(step: "Step", gpu: "Gpu") -> JsonObject | None:
+    """Predict in a process of its own, as this one has a process group; None if that fails."""
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
@@ -215,24 +217,21 @@ def _predicted(step: "Step", gpu: "Gpu") -> JsonObject | None:
 
 
 def differences(predicted: JsonObject, measured: JsonObject) -> JsonObject:
-    """Predicted minus measured bytes and their ratio, for every figure that both reports have."""
+    """Return predicted minus measured bytes, and their ratio, of each figure in both reports."""
     out: JsonObject = {}
     for part in ("totals", "phases", "categories"):
         out[part] = {}
         for name in predicted[part].keys() & measured[part].keys():
-            expected = predicted[part][name]
-            counted = measured[part][name]
-            out[part][name] = {"bytes": expected - counted}
-            if counted:
-                out[part][name]["ratio"] = expected / counted
+            predicted_bytes = predicted[part][name]
+            measured_bytes = measured[part][name]
+            out[part][name] = {"bytes": predicted_bytes - measured_bytes}
+            if measured_bytes:
+                out[part][name]["ratio"] = predicted_bytes / measured_bytes
     return out
 
 
 def record_history(max_actions: int = 100_000) -> None:
-    """Keep the last actions of CUDA's allocator from now on.
-
-    They are without stacks, which cost time at every allocation.
-    """
+    """Keep the last actions of CUDA's allocator from now on, without stacks, which cost time."""
     import torch
 
     torch.cuda.memory._record_memory_history(

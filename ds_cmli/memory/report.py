@@ -87,9 +87,9 @@ def live_at_peak(events: Sequence[Event]) -> list[Event]:
     live: dict[int, Event] = {}
     for event in events[:end]:
         if event.bytes > 0:
-            live[event.block] = event
+            live[event.block_id] = event
         elif event.bytes < 0:
-            del live[event.block]
+            del live[event.block_id]
     return list(live.values())
 
 

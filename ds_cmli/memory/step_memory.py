@@ -30,12 +30,13 @@ from ds_cmli.memory_model.gpus import Gpu
 
 TOTAL_STEPS = 1000  # of the learning rate schedule; no size depends on it
 TOTALS = ("requested", "allocated", "reserved")
+NO_LIMIT = 1 << 44  # bytes, more than any GPU has
 Prepare = Callable[[engine.TrainEngine], object]  # is called before the engine's first step
 Watch = Callable[[engine.TrainEngine], AbstractContextManager[object]]
 
 
 def _unchanged(train_engine: engine.TrainEngine) -> None:
-    """Change nothing; a function, as a process of its own is given the step."""
+    """Change nothing. This is no lambda, because a `Step` is pickled for another process."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Step:
         config: any configuration; its weights become random ones of the same sizes.
         ds_config: the DeepSpeed JSON, with or without "auto" values.
         prepare: changes or reads the engine, once there is one.
-        positions: of the longest texts; None: as many as the configuration allows.
+        positions: the length of the texts; None: the longest that the configuration allows.
     """
 
     config: Config
@@ -59,33 +60,33 @@ class Step:
     def take_twice(self, watch: Watch = nullcontext) -> JsonObject:
         """Build the engine and take two steps: the optimizer's states are created in the first.
 
-        Returns what was run.
+        Returns the setting for the report: sizes, precision, losses and more.
         """
         device = torch.device("cuda", torch.cuda.current_device())
-        bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
-        json = DeepSpeedConfig.of(self.ds_config).on(fp16=True, bf16=bf16)
-        json = json.filled(self.config, self.world_size, TOTAL_STEPS)
-        _, micro_batch, accumulation = (json[key] for key in BATCH_KEYS)
+        capability = torch.cuda.get_device_capability(device)
+        # "auto" and the backend are decided as train.py decides them.
+        ds_config = DeepSpeedConfig.of(self.ds_config).on(fp16=True, bf16=capability >= (8, 0))
+        ds_config = ds_config.filled(self.config, self.world_size, TOTAL_STEPS)
+        _, micro_batch, accumulation = (ds_config[key] for key in BATCH_KEYS)
         config, vocab_size = without_weights(self.config)
-        why_not = why_not_capability(torch.cuda.get_device_capability(device))
-        config = engine.choose_backend(config, "cuda", why_not)
+        config = engine.choose_backend(config, "cuda", why_not_capability(capability))
         with one_rank(self.world_size, self.rank, config.run.deterministic):
-            train_engine = engine.build(config, json, vocab_size, TOTAL_STEPS, device)
+            train_engine = engine.build(config, ds_config, vocab_size, TOTAL_STEPS, device)
             self.prepare(train_engine)
             with watch(train_engine):
                 for _ in range(2):
                     batch = longest_batch(config, micro_batch, self.positions)
                     train_engine.step(accumulation * [batch])
-                    del batch
+                    del batch  # it would still be held while the next one is made
         return {
             "preset": config.run.preset,
             "world_size": self.world_size,
             "rank": self.rank,
             "micro_batch": micro_batch,
             "accumulation": accumulation,
-            "zero_stage": json.stage,
-            "precision": json.precision,
-            "checkpointing": "activation_checkpointing" in json,
+            "zero_stage": ds_config.stage,
+            "precision": ds_config.precision,
+            "checkpointing": "activation_checkpointing" in ds_config,
             "losses": list(config.loss.weights),
             "cmli_backend": config.loss.cmli_backend,
         }
@@ -93,18 +94,18 @@ class Step:
 
 @contextmanager
 def one_rank(world_size: int, rank: int, deterministic: bool = False) -> Iterator[None]:
-    """Inside, this is one rank of a group whose collectives move nothing, alone on its machine.
+    """Make this process one rank of a group whose collectives move nothing, alone on its machine.
 
-    If `deterministic`, PyTorch's switches are those of a run with `--deterministic`.
+    All is undone at the end. If `deterministic`, PyTorch is set as a run with `--deterministic` is.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     variables = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"}
     was_deterministic = torch.are_deterministic_algorithms_enabled()
-    benchmark = torch.backends.cudnn.benchmark
-    # The process group installs another one.
-    hook = mock.patch.object(sys, "excepthook", sys.excepthook)
-    with mock.patch.dict(os.environ, variables), hook:
+    was_benchmark = torch.backends.cudnn.benchmark
+    # `init_process_group` replaces `sys.excepthook`: this puts it back.
+    excepthook_kept = mock.patch.object(sys, "excepthook", sys.excepthook)
+    with mock.patch.dict(os.environ, variables), excepthook_kept:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         try:
             if deterministic:
@@ -113,37 +114,38 @@ def one_rank(world_size: int, rank: int, deterministic: bool = False) -> Iterato
         finally:
             distributed.shutdown()
             torch.use_deterministic_algorithms(was_deterministic)
-            torch.backends.cudnn.benchmark = benchmark
+            torch.backends.cudnn.benchmark = was_benchmark
 
 
-def predicted(step: Step, gpu: Gpu, limit: int = 1 << 44) -> Report:
-    """Predict the step's memory on a GPU that need not be there; it may occupy `limit` bytes.
+def predicted(step: Step, gpu: Gpu, limit: int = NO_LIMIT) -> Report:
+    """Predict the step's memory on a GPU that need not be there.
 
-    Each text fills all positions but the first of a batch, which is one token shorter: the most
-    that a batch can need.
+    The process may occupy `limit` bytes of the GPU. No batch needs more memory than the one that is
+    used: all its texts have the maximum length, but the first is one token shorter.
 
     Raises:
         UserError: a setting that cannot be built, or whose sizes are not known without a download.
         ValueError: a process group is already initialised.
     """
-    # DeepSpeed moves such parameters by the values of tensors.
     zero = DeepSpeedConfig.of(step.ds_config)["zero_optimization"]
-    offloaded = (zero.get("offload_param") or {}).get("device", "none")
+    offload_device = (zero.get("offload_param") or {}).get("device", "none")
+    # DeepSpeed moves offloaded parameters by the values of tensors, which a prediction lacks.
     remedy = "it cannot be predicted: leave it out"
-    check(offloaded == "none", "zero_optimization.offload_param.device", offloaded, remedy)
-    fixed = hardware.DETERMINISTIC_CUBLAS if step.config.run.deterministic else None
-    workspace_bytes = gpu.cublas_bytes(os.environ.get("CUBLAS_WORKSPACE_CONFIG", fixed))
-    recorder = TrainingRecorder(gpu=gpu, workspace_bytes=workspace_bytes)
+    setting_name = "zero_optimization.offload_param.device"
+    check(offload_device == "none", setting_name, offload_device, remedy)
+    default_cublas = hardware.DETERMINISTIC_CUBLAS if step.config.run.deterministic else None
+    cublas_config = os.environ.get("CUBLAS_WORKSPACE_CONFIG", default_cublas)
+    recorder = TrainingRecorder(gpu=gpu, workspace_bytes=gpu.cublas_bytes(cublas_config))
     with fake_cuda(recorder, gpu):
         setting = step.take_twice(recorder.attach)
         events = recorder.events()
     report = summarise(events, {**setting, "gpu": gpu.name}, "predicted")
-    communicators = recorder.num_process_groups if step.world_size > 1 else 0
-    outside_bytes = gpu.outside_bytes(communicators)
+    num_communicators = recorder.num_process_groups if step.world_size > 1 else 0
+    outside_bytes = gpu.outside_bytes(num_communicators)
     try:
         replayed = replay(events, limit=limit - outside_bytes)
-    except OutOfMemory:  # then without a limit: the totals say how much is missing
-        replayed = replay(events)
+    except OutOfMemory:
+        replayed = replay(events)  # without a limit, so that the totals say how much is missing
     report.totals = dict(zip(TOTALS, replayed.peaks, strict=True))
     report.totals["device"] = report.totals["reserved"] + outside_bytes
     report.retries = replayed.retries
@@ -153,7 +155,8 @@ def predicted(step: Step, gpu: Gpu, limit: int = 1 << 44) -> Report:
 def measured(step: Step) -> Report:
     """Measure the step's memory on this GPU, which nothing else of this process uses.
 
-    It runs twice: while the recorder watches, gradients are added up in new tensors.
+    The peaks come from a run without the recorder, the categories from a second run with it: while
+    the recorder watches, autograd adds gradients up in new tensors, which raises the peak.
     """
     device = torch.device("cuda", torch.cuda.current_device())
     step.take_twice()
@@ -167,17 +170,17 @@ def measured(step: Step) -> Report:
     return report
 
 
-def predicted_worst(step: Step, gpu: Gpu, limit: int = 1 << 44, rank: int | None = None) -> Report:
+def predicted_worst(step: Step, gpu: Gpu, limit: int = NO_LIMIT, rank: int | None = None) -> Report:
     """Predict for the rank that needs the most, or for `rank` if it is known.
 
     ZeRO-1 and 2 divide the flat parameters by elements. A rank keeps the whole gradient of each
-    parameter of which it owns a part. The last rank's gradients exist while most activations are
-    still stored, so it is predicted first. If another rank owns parts of larger parameters, it is
+    parameter of which it owns a part. The last rank is predicted first, because its gradients exist
+    while most activations are still stored. If another rank keeps more gradients, that rank is
     predicted too.
     """
     if rank is not None or DeepSpeedConfig.of(step.ds_config).stage not in (1, 2):
         return predicted(replace(step, rank=rank or 0), gpu, limit)
-    elements_by_rank = [0] * step.world_size  # of the parameters of which a rank owns a part
+    elements_by_rank = [0] * step.world_size  # of the whole gradients that a rank keeps
 
     def count_elements(train_engine: engine.TrainEngine) -> None:
         step.prepare(train_engine)
@@ -224,7 +227,8 @@ def gpu_bytes(device: torch.device) -> int | None:
         pynvml.nvmlShutdown()
     except pynvml.NVMLError:
         return None
-    used = {process.pid: process.usedGpuMemory for process in processes}
-    if len(used) == 1:  # this process, of which NVML may list another id in a container
-        return next(iter(used.values()))
-    return used.get(os.getpid())
+    bytes_by_pid = {process.pid: process.usedGpuMemory for process in processes}
+    if len(bytes_by_pid) == 1:
+        # It is this process, even if its id is another one: in a container NVML lists the host's.
+        return next(iter(bytes_by_pid.values()))
+    return bytes_by_pid.get(os.getpid())

@@ -45,7 +45,7 @@ class Event:
     of `empty_cache`. Lists of events are in the order in which they happened.
     """
 
-    block: int  # the same number at the allocation and at the free of a block; not used again
+    block_id: int  # the same at the allocation and at the free of a block; not used again
     bytes: int  # requested bytes: positive at the allocation, the same number negative at the free
     category: str  # what the block is for
     phase: str  # the part of a step in which it happened
@@ -98,11 +98,11 @@ class CachingAllocator:
     def __init__(self, limit: int | None = None):
         self.limit = limit
         self.segments: dict[int, Segment] = {}  # by address
-        # Of each pool and stream, in the order of rule 3: size, address and the block.
+        # (small, stream) -> (size, address, block) of each free block, in the order of rule 3
         self.free_blocks = defaultdict[tuple[bool, int], list[tuple[int, int, Block]]](list)
         self.actions: list[Action] = []
         self.requested = self.allocated = self.reserved = 0
-        self.peaks: tuple[int, ...] = (0, 0, 0)  # of these three
+        self.peaks: tuple[int, ...] = (0, 0, 0)  # of requested, allocated and reserved
         self.next_address = FIRST_ADDRESS
         self.retries = 0  # requests for which all cached memory was returned
 
@@ -113,14 +113,15 @@ class CachingAllocator:
         """
         size = round_up(requested, MIN_BLOCK)
         small = size <= SMALL_REQUEST
-        free = self.free_blocks[small, stream]
-        position = bisect_left(free, (size,))
-        if position < len(free):
-            block = free.pop(position)[-1]
+        candidates = self.free_blocks[small, stream]
+        position = bisect_left(candidates, (size,))
+        if position < len(candidates):
+            _, _, block = candidates.pop(position)
         else:
             (block,) = self._new_segment(requested, size, stream, event).blocks
         left = block.size - size
-        if left >= MIN_BLOCK if small else left > SMALL_REQUEST:  # rule 4
+        is_split = left >= MIN_BLOCK if small else left > SMALL_REQUEST  # rule 4
+        if is_split:
             remainder = Block(block.segment, block.address + size, left)
             block.size = size
             insort(block.segment.blocks, remainder, key=ADDRESS)
@@ -134,7 +135,7 @@ class CachingAllocator:
         return block
 
     def request_free(self, block: Block) -> None:
-        """Count a block as allocated no longer, which another stream may still read."""
+        """Count a block as allocated no longer. It is in use: another stream may still read it."""
         self._record("free_requested", block)
         self.allocated -= block.size
         block.free_requested = True
@@ -147,10 +148,11 @@ class CachingAllocator:
         block.requested = 0
         block.free_requested = False
         block.event = None
+        # Rule 6: `block` takes the place of the free blocks next to it.
         blocks = block.segment.blocks
         place = bisect_left(blocks, block.address, key=ADDRESS)
         nearby = slice(max(place - 1, 0), place + 2)  # the block, and those next to it
-        merged = [other for other in blocks[nearby] if not other.requested]
+        merged = [other for other in blocks[nearby] if not other.requested]  # with the block itself
         blocks[nearby] = [other for other in blocks[nearby] if other.requested or other is block]
         for other in merged:
             if other is not block:
@@ -161,6 +163,7 @@ class CachingAllocator:
 
     def empty_cache(self) -> None:
         """Return the wholly free segments to the device."""
+        # PyTorch returns those of the large pool first, in the order in which it keeps free blocks.
         order = attrgetter("small", "stream", "size", "address")
         for segment in sorted(self.segments.values(), key=order):
             first, *others = segment.blocks
@@ -174,25 +177,25 @@ class CachingAllocator:
     def _new_segment(self, requested: int, size: int, stream: int, event: Event | None) -> Segment:
         """Take a new segment from the device for a block of `size` bytes."""
         small = size <= SMALL_REQUEST
-        taken = LARGE_SEGMENT
+        segment_size = LARGE_SEGMENT
         if small:
-            taken = SMALL_SEGMENT
+            segment_size = SMALL_SEGMENT
         elif size >= MIN_LARGE_SEGMENT_REQUEST:
-            taken = round_up(size, ROUND_SEGMENT)
-        if self.limit is not None and self.reserved + taken > self.limit:
+            segment_size = round_up(size, ROUND_SEGMENT)
+        if self.limit is not None and self.reserved + segment_size > self.limit:
             self.retries += 1
             self.empty_cache()
-            if self.reserved + taken > self.limit:
+            if self.reserved + segment_size > self.limit:
                 raise OutOfMemory(
                     f"{requested:,} bytes asked for with {self.reserved:,} of {self.limit:,} "
                     f"reserved, {self.allocated:,} of them allocated"
                 )
-        segment = Segment(self.next_address, taken, stream, small, event)
-        segment.blocks.append(Block(segment, segment.address, taken))
-        self.next_address += taken
+        segment = Segment(self.next_address, segment_size, stream, small, event)
+        segment.blocks.append(Block(segment, segment.address, segment_size))
+        self.next_address += segment_size
         self.segments[segment.address] = segment
-        self.reserved += taken
-        self.actions.append(Action("segment_alloc", segment.address, taken, stream, event))
+        self.reserved += segment_size
+        self.actions.append(Action("segment_alloc", segment.address, segment_size, stream, event))
         return segment
 
     def _record(self, name: str, block: Block) -> None:
@@ -221,11 +224,11 @@ def replay(events: Iterable[Event], *, limit: int | None = None) -> CachingAlloc
     live: dict[int, Block] = {}
     for event in events:
         if event.bytes > 0:
-            live[event.block] = allocator.malloc(event.bytes, event.stream, event)
+            live[event.block_id] = allocator.malloc(event.bytes, event.stream, event)
         elif event.bytes < 0:
-            allocator.free(live.pop(event.block))
+            allocator.free(live.pop(event.block_id))
         elif event.requests_free:
-            allocator.request_free(live[event.block])
+            allocator.request_free(live[event.block_id])
         else:
             allocator.empty_cache()
     return allocator

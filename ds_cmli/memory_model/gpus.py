@@ -1,10 +1,10 @@
 """The GPUs that memory is predicted for, and what a process occupies on one besides tensors.
 
-Capability and multiprocessors are those of NVIDIA's data sheets. Sizes are assumed
-(`profiling/gpu_check.py` prints a GPU's own): the "total capacity" of published out-of-memory
-messages, less than the GPU's name says; nvidia-smi's readings of a process with torch and lazily
-loaded kernels, 0.3 to 0.6 GB; and NCCL's, hundreds of MB to over 1 GB a communicator (NVIDIA/nccl
-issues 864 and 1685).
+Capability and multiprocessors are those of NVIDIA's data sheets. Sizes are assumed;
+`profiling/gpu_check.py` prints those of a GPU.
+ - Total: the "total capacity" of published out-of-memory messages. It is less than the name says.
+ - Context: nvidia-smi's readings of a process with torch and lazily loaded kernels, 0.3 to 0.6 GB.
+ - NCCL: hundreds of MB to over 1 GB a communicator (NVIDIA/nccl issues 864 and 1685).
 """
 
 import re
@@ -14,9 +14,9 @@ from typing import Any
 
 from ds_cmli.errors import UserError
 
-UNITS = {"": 1, "B": 1, "BYTES": 1, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20}
-UNITS["GIB"] = 2**30
-MAKER = ("nvidia", "tesla", "geforce")
+UNITS = {"": 1, "B": 1, "BYTES": 1, "MB": 10**6, "GB": 10**9}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+BRAND_WORDS = ("nvidia", "tesla", "geforce")  # names of GPUs are compared without them
 # The CUDA C++ Programming Guide's "Technical Specifications per Compute Capability": threads of a
 # multiprocessor, and KiB of shared memory of a block.
 BY_CAPABILITY = {
@@ -34,7 +34,7 @@ BY_CAPABILITY = {
 @dataclass(frozen=True)
 class Gpu:
     name: str
-    reported: Sequence[str]  # nvidia-smi's names for it, without "NVIDIA" or "Tesla"
+    reported_names: Sequence[str]  # those of nvidia-smi, without "NVIDIA" or "Tesla"
     capability: tuple[int, int]
     multiprocessors: int
     total_bytes: int  # what the driver reports as the device's memory
@@ -64,13 +64,13 @@ class Gpu:
         pairs = pairs or ([(4096, 8)] if self.capability >= (9, 0) else [(4096, 2), (16, 8)])
         return sum(int(kib) * 1024 * int(count) for kib, count in pairs)
 
-    def outside_bytes(self, communicators: int) -> int:
-        """Return the bytes outside torch's allocator, with so many NCCL communicators."""
-        return self.context_bytes + communicators * self.nccl_bytes
+    def outside_bytes(self, num_communicators: int) -> int:
+        """Return the bytes outside torch's allocator: the context and NCCL's communicators."""
+        return self.context_bytes + num_communicators * self.nccl_bytes
 
 
-# Compute capability, multiprocessors, MiB in all, of context and of NCCL (all three are assumed),
-# name: nvidia-smi's names
+# Columns: compute capability, multiprocessors, total MiB, context MiB, NCCL MiB, and
+# "name: nvidia-smi's names".
 _TABLE = """
 7.5   40  14912.3125  300   300  T4 16GB: T4
 7.0   80  16150       300   300  V100 16GB: V100-SXM2-16GB, V100-PCIE-16GB, V100-FHHL-16GB
@@ -96,7 +96,7 @@ _TABLE = """
 """
 
 
-def _read(row: str) -> Gpu:
+def _parse_row(row: str) -> Gpu:
     sm, multiprocessors, *sizes, names = row.split(maxsplit=5)
     major, minor = map(int, sm.split("."))
     name, reported = names.split(": ")
@@ -104,18 +104,20 @@ def _read(row: str) -> Gpu:
     return Gpu(name, reported.split(", "), (major, minor), int(multiprocessors), *sizes_bytes)
 
 
-def _key(name: str) -> str:
-    return " ".join(word for word in name.lower().split() if word not in MAKER)
+def _without_brand(name: str) -> str:
+    return " ".join(word for word in name.lower().split() if word not in BRAND_WORDS)
 
 
-GPUS = {gpu.name: gpu for gpu in map(_read, _TABLE.strip().splitlines())}
-_BY_NAME = {_key(name): gpu for gpu in GPUS.values() for name in (gpu.name, *gpu.reported)}
-DEFAULT = "RTX 3090 24GB"  # where there is none: the source document says 24 GB and no name
+GPUS = {gpu.name: gpu for gpu in map(_parse_row, _TABLE.strip().splitlines())}
+_BY_NAME = {
+    _without_brand(name): gpu for gpu in GPUS.values() for name in (gpu.name, *gpu.reported_names)
+}
+DEFAULT = "RTX 3090 24GB"  # if no GPU is named: the document of the estimates says 24 GB alone
 
 
 def find(name: str, setting: str = "--gpu") -> Gpu:
     """Return the GPU with this name, the table's or nvidia-smi's. Raises `UserError`."""
-    gpu = _BY_NAME.get(_key(name))
+    gpu = _BY_NAME.get(_without_brand(name))
     if gpu is None:
         raise UserError(
             f"{setting} is {name!r}, which is not listed: give one of {', '.join(GPUS)}, or its "
@@ -127,18 +129,18 @@ def find(name: str, setting: str = "--gpu") -> Gpu:
 def of_device(properties: Any) -> Gpu:
     """Return the GPU of `torch.cuda.get_device_properties`: the listed one, or an unlisted one.
 
-    All else of an unlisted one is assumed: as of the listed GPU with the most multiprocessors, of
-    its compute capability or the next lower one that is listed.
+    An unlisted one takes what the properties do not say from the listed GPU with the most
+    multiprocessors of its compute capability, or of the next lower one that is listed.
     """
-    listed = _BY_NAME.get(_key(properties.name))
+    listed = _BY_NAME.get(_without_brand(properties.name))
     if listed is not None:
         return listed
-    reported = (properties.major, properties.minor)
-    nearest = max(capability for capability in BY_CAPABILITY if capability <= reported)
+    capability = (properties.major, properties.minor)
+    nearest = max(candidate for candidate in BY_CAPABILITY if candidate <= capability)
     return replace(
         _largest(nearest),
         name=properties.name,
-        reported=(properties.name,),
+        reported_names=(properties.name,),
         multiprocessors=properties.multi_processor_count,
         total_bytes=properties.total_memory,
     )
@@ -152,8 +154,8 @@ def _largest(capability: tuple[int, int]) -> Gpu:
 def from_options(gpu: str | None, memory: str | None, sm: str | None) -> Gpu | None:
     """Return the GPU of the options --gpu, --gpu-memory and --sm; None: none of them is given.
 
-    All else of an unlisted GPU is assumed: as of the listed GPU of its capability with the most
-    multiprocessors.
+    An unlisted GPU takes all else from the listed GPU with the most multiprocessors of its
+    capability. Raises `UserError`.
     """
     if memory is None and sm is None:
         return None if gpu is None else find(gpu)
@@ -166,12 +168,14 @@ def from_options(gpu: str | None, memory: str | None, sm: str | None) -> Gpu | N
     if sm not in capabilities:
         raise UserError(f"--sm is {sm!r}: give one of {', '.join(capabilities)}")
     name = f"GPU of {memory}, sm {sm}"
-    return replace(_largest(capabilities[sm]), name=name, reported=(), total_bytes=total_bytes)
+    nearest = _largest(capabilities[sm])
+    return replace(nearest, name=name, reported_names=(), total_bytes=total_bytes)
 
 
 def parse_bytes(text: str) -> int | None:
-    """ "24GB" -> 24 * 10^9; None: it is no size."""
-    number = re.fullmatch(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([a-zA-Z]*)\s*", text)
-    if number is None or number[2].upper() not in UNITS:
+    """Return the bytes of a size like "24GB"; None if the text is not a size."""
+    match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].upper() not in UNITS:
         return None
-    return int(float(number[1]) * UNITS[number[2].upper()])
+    number, unit = match.groups()
+    return int(float(number) * UNITS[unit.upper()])

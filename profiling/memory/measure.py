@@ -52,12 +52,15 @@ class Row:
     measured_on: str = ""  # the device and the passes that the peaks cover; or why not
 
 
-def num_rows(s: Setting, ids: set[str]) -> int:
-    return sum(id in ids for id, _ in implementations(s))
+def num_rows(setting: Setting, ids: set[str]) -> int:
+    return sum(id in ids for id, _ in implementations(setting))
 
 
 def rows(
-    s: Setting, ids: set[str], gpu: Gpu | None = None, begin: Callable[[str], None] = lambda _: None
+    setting: Setting,
+    ids: set[str],
+    gpu: Gpu | None = None,
+    begin: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
     """Predict the claims in `ids`, and measure them where time and memory suffice.
 
@@ -65,46 +68,47 @@ def rows(
         gpu: this machine's; None: on the CPU.
         begin: called with the name of each row before its work begins.
     """
-    document = claims(s)
+    claim_by_id = claims(setting)
     backend = "auto"
-    if gpu is not None:  # nothing without data tells what runs
-        # As the op asks, which does so once.
-        sides = map(power_of_two, (s.N, s.M))
-        reason = why_not_triton(torch.device("cuda", 0), torch.float32, *sides, s.D)
-        backend = "triton" if reason is None else "torch"
+    if gpu is not None:
+        # Without data the op cannot try its kernels: try them here, with the op's arguments.
+        N, M = map(power_of_two, (setting.N, setting.M))
+        why_not = why_not_triton(torch.device("cuda", 0), torch.float32, N, M, setting.D)
+        backend = "triton" if why_not is None else "torch"
     out = []
-    for (id, name), implementation in implementations(s, backend).items():
+    for (id, name), implementation in implementations(setting, backend).items():
         if id in ids:
             begin(f"{id} {name}")
-            out.append(predicted_and_measured(id, name, document[id], implementation, gpu))
+            out.append(predicted_and_measured(id, name, claim_by_id[id], implementation, gpu))
     return out
 
 
 def predicted_and_measured(
     id: str, name: str, claim: Claim, implementation: Implementation, gpu: Gpu | None
 ) -> Row:
+    """Predict forward and backward, and measure both, forward alone, or nothing, as memory allows."""
     device = "cpu" if gpu is None else "cuda"
     forward, whole = predict(implementation, gpu)
-    free = free_bytes(device)
-    stored = claim.stored.get(name, whole.largest)
-    row = Row(id, name, claim.document_bytes, stored, whole.largest, whole.peak)
-    if forward.peak > free:
-        needed_gb, free_gb = gigabytes(forward.peak, max(free, 0), digits=1)
+    available = free_bytes(device)
+    corrected_bytes = claim.stored.get(name, whole.largest)
+    row = Row(id, name, claim.document_bytes, corrected_bytes, whole.largest, whole.peak)
+    if forward.peak > available:
+        needed_gb, free_gb = gigabytes(forward.peak, max(available, 0), digits=1)
         row.measured_on = f"not measured: needs {needed_gb} GB, {free_gb} GB are free"
         return row
-    # E5 is about the size of one tensor.
-    passes = forward if whole.peak > free or id == "E5" else whole
+    # E5 is about the size of one tensor: forward alone shows it.
+    attempted = forward if whole.peak > available or id == "E5" else whole
     after_passes: list[Allocations] = []
     if device == "cpu":
-        arguments = implementation, device, passes.passes, passes.peak + SPARE_BYTES
+        arguments = implementation, device, attempted.passes, attempted.peak + SPARE_BYTES
         after_passes = results_of_process(MAX_SECONDS, measure, *arguments)
     else:
         with suppress(torch.OutOfMemoryError):
-            after_passes.extend(measure(implementation, device, passes.passes))
+            after_passes.extend(measure(implementation, device, attempted.passes))
     if not after_passes:
         row.measured_on = f"not measured: it failed, or took more than {MAX_SECONDS:.0f} s"
         return row
-    measured = after_passes[-1]  # of forward alone if backward did not end
+    measured = after_passes[-1]  # of forward alone if backward failed
     row.predicted_peak_bytes = (forward if measured.passes == forward.passes else whole).peak
     row.measured_bytes = measured.largest
     row.measured_peak_bytes = measured.peak
@@ -116,18 +120,19 @@ def predicted_and_measured(
 def measure(
     implementation: Implementation, device: str, passes: str, limit: int | None = None
 ) -> Iterator[Allocations]:
-    """Yield an implementation's allocations after each of `passes`.
+    """Yield an implementation's allocations after forward, and after backward if `passes` names it.
 
     Args:
-        limit: the bytes that it may take of a CPU's memory.
+        passes: "forward", or "forward and backward".
+        limit: the bytes of main memory that the passes may take.
     """
     # Libraries allocate their workspaces at their first use, which must not count.
     for small in implementations(Setting(2, 1, 4, 4, 8, 8)).values():
         list(run(small, device, backward=True))
     if limit is not None:
-        used = psutil.Process().memory_info().data
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (used + limit, hard))
+        used_bytes = psutil.Process().memory_info().data
+        _, hard_limit = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (used_bytes + limit, hard_limit))
     yield from run(implementation, device, passes == "forward and backward")
 
 
@@ -135,25 +140,26 @@ def free_bytes(device: str) -> int:
     """Return how many bytes a measurement may take."""
     if device == "cuda":
         torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info()[0] - GB
+        free, _ = torch.cuda.mem_get_info()
+        return free - GB
     return min(MAX_BYTES, psutil.virtual_memory().available - SPARE_BYTES)
 
 
 def results_of_process(
     timeout_s: float, generator: Callable[..., Iterator[Any]], *arguments: Any
 ) -> list[Any]:
-    """Return what `generator(*arguments)` yields in a process of its own, until that ends or is ended."""
-    # A CPU's are forked from one that has imported everything once, and finds it as this one does.
+    """Return what `generator(*arguments)` yields in a process of its own, within `timeout_s`."""
     context: Any = get_context("spawn" if torch.cuda.is_available() else "forkserver")
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # for the process's imports
     if not torch.cuda.is_available():
+        # Imports take seconds: processes are forked from a server that has done them once.
         context.set_forkserver_preload(["profiling.memory.measure"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(
         target=_send_results, args=(sender, generator, arguments), daemon=True
     )
     process.start()
-    sender.close()  # the process has the other copy, so that its end ends the pipe
+    sender.close()  # The process has a copy: when it ends, the pipe ends with an EOFError.
     end = time.monotonic() + timeout_s
     items = []
     with suppress(EOFError):
@@ -165,9 +171,9 @@ def results_of_process(
 
 
 def _send_results(sender: Connection, generator: Callable, arguments: tuple) -> None:
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):  # what libraries print
-        os.dup2(nothing, stream)
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # Libraries print to stdout and stderr.
+        os.dup2(devnull, stream)
     for item in generator(*arguments):
         sender.send(item)
 
@@ -177,13 +183,14 @@ def sentences(rows: list[Row]) -> list[str]:
     out = []
     measured = [row for row in rows if row.measured_bytes is not None]
     if measured:
-        largest = sum(row.measured_bytes == row.predicted_bytes for row in measured)
-        peaks = sum(row.measured_peak_bytes == row.predicted_peak_bytes for row in measured)
-        where, _, _ = measured[0].measured_on.partition(",")
+        num_equal = sum(row.measured_bytes == row.predicted_bytes for row in measured)
+        peaks = [(row.measured_peak_bytes, row.predicted_peak_bytes) for row in measured]
+        num_equal_peaks = sum(measured_peak == predicted for measured_peak, predicted in peaks)
+        device, _, _ = measured[0].measured_on.partition(",")
         total = len(measured)
         out.append(
-            f"Measured by the {where}: {largest} of {total} largest allocations and {peaks} of {total} "
-            "peaks equal the predicted ones."
+            f"Measured by the {device}: {num_equal} of {total} largest allocations and {num_equal_peaks} of "
+            f"{total} peaks equal the predicted ones."
         )
     unmeasured = [f"{row.id} {row.implementation}" for row in rows if row.measured_bytes is None]
     if unmeasured:

@@ -1,14 +1,14 @@
 """python -m profiling.speed.op [--beside CHECKOUT]
 
-The all-pairs scores and their loss, forward and backward, beside others that compute them, and
-beside another checkout of this repository: time, and memory beyond inputs and gradients.
+Measure the all-pairs scores and their loss, forward and backward, and other implementations of them,
+also those of another checkout: the time, and the memory beyond inputs and gradients.
 
-Each is a process of its own; they take turns, so that what else the machine does meets all, and the
-medians are printed. The floor is the bare matrix product over valid tokens, fp32: no lower bound
-where that product (MKL) is not the fastest, as on AMD's processors.
+Each contender runs in a process of its own. They take turns, so that other load on the machine slows
+all of them alike, and the medians are printed. The floor is the bare matrix product over valid
+tokens, in fp32. It is not a lower bound if MKL's product is not the fastest, as on AMD's processors.
 
-CMLI is two MaxSims with the sides swapped. On a GPU these are taken from late-interaction-kernels,
-if it is installed.
+CMLI is two MaxSims with the sides swapped. On a GPU they come from late-interaction-kernels, if that
+is installed.
 
 Shapes: image [I, N, D], text [J, M, D].
 """
@@ -34,20 +34,21 @@ from torch.profiler import ProfilerActivity, profile
 from ds_cmli.cmli import CMLILoss, cmli_scores
 
 N, M, D = 196, 64, 256
+MAX_TOKENS = M - 2  # without [CLS] and [SEP]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # of all processes; of this one
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # elapsed; of all threads together
 ROOT = Path(__file__).parents[2]
 CONTENDERS = ("scores", "loss", "stored", "x-clip", "maxsim", "floor")
 
 
 def text_lengths(setting: str, J: int) -> Tensor:
-    """Return the valid tokens of each text: all 62; or as in captions, about 12 on average."""
+    """Return the number of valid tokens of each text: "full", or about 12 as in "captions"."""
     if setting == "full":
-        return torch.full((J,), 62)
+        return torch.full((J,), MAX_TOKENS)
     generator = torch.Generator().manual_seed(1)
     lengths = torch.empty(J).log_normal_(2.35, 0.5, generator=generator)
-    lengths = lengths.round().clamp(3, 62).long()
-    lengths[0] = 62
+    lengths = lengths.round().clamp(3, MAX_TOKENS).long()
+    lengths[0] = MAX_TOKENS
     return lengths
 
 
@@ -57,15 +58,15 @@ def upcast(x: Tensor) -> Tensor:
 
 def cmli_from(similarities: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Return both scores [I, J] from [I, N, J, M], masked tokens at minus infinity."""
-    s_i2t = similarities.max(3).values.mean(1)
-    best = similarities.max(1).values.masked_fill(~token_mask, 0)  # [I, J, M]
-    return s_i2t, best.sum(2) / token_mask.sum(1)
+    i2t = similarities.max(3).values.mean(1)
+    best_patches = similarities.max(1).values.masked_fill(~token_mask, 0)  # [I, J, M]
+    return i2t, best_patches.sum(2) / token_mask.sum(1)
 
 
 def materialised_scores(image: Tensor, text: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Score all pairs by one matrix product and plain autograd, [I, N, J, M] stored."""
     similarities = upcast(image).flatten(0, 1) @ upcast(text).flatten(0, 1).t()  # [I*N, J*M]
-    # In place and before the view: a copy of this tensor is what nobody can afford.
+    # In place and before the view, because memory has no room for a copy of this tensor.
     similarities.masked_fill_(~token_mask.flatten(), -torch.inf)
     return cmli_from(similarities.view(*image.shape[:2], *text.shape[:2]), token_mask)
 
@@ -89,7 +90,7 @@ def two_maxsims(image: Tensor, text: Tensor, token_mask: Tensor) -> tuple[Tensor
 
 
 class Problem:
-    """Inputs and upstream gradients of I images against J texts, and what is timed on them."""
+    """Inputs and upstream gradients of I images and J texts, and the contenders that run on them."""
 
     def __init__(self, setting: str, I: int, J: int, dtype: str, device: str):  # noqa: E741
         generator = torch.Generator().manual_seed(0)
@@ -100,35 +101,35 @@ class Problem:
             .requires_grad_()
             for count, length in ((I, N), (J, M))
         )
-        self.grads = [(torch.randn(I, J, generator=generator) / J).to(device) for _ in range(2)]
+        self.d_scores = [(torch.randn(I, J, generator=generator) / J).to(device) for _ in range(2)]
 
-    def step(self, scores: Callable) -> None:
+    def run_scores(self, scores: Callable) -> None:
         out = scores(self.image, self.text, self.mask)
-        torch.autograd.grad(out, (self.image, self.text), self.grads)
+        torch.autograd.grad(out, (self.image, self.text), self.d_scores)
 
-    def loss(self) -> None:
+    def run_loss(self) -> None:
         loss = CMLILoss().to(self.image.device)
         value = loss(self.image, self.text, self.mask)
         torch.autograd.grad(value, (self.image, self.text, *loss.parameters()))
 
-    def floor(self) -> None:
+    def run_floor(self) -> None:
         with torch.no_grad():
             valid_tokens = self.text[self.mask].float()
             for block in self.image.float().flatten(0, 1).split(16 * N):
                 valid_tokens @ block.t()
 
-    def call(self, name: str) -> Callable[[], None]:
+    def contender(self, name: str) -> Callable[[], None]:
         if name == "loss":
-            return self.loss
+            return self.run_loss
         if name == "floor":
-            return self.floor
+            return self.run_floor
         scores = {
             "scores": cmli_scores,
             "stored": materialised_scores,
             "x-clip": x_clip,
             "maxsim": two_maxsims,
         }
-        return lambda: self.step(scores[name])
+        return lambda: self.run_scores(scores[name])
 
 
 def cpu_sizes(call: Callable[[], object]) -> list[int]:
@@ -149,13 +150,13 @@ def seconds(call: Callable[[], object], clock: str, device: torch.device) -> flo
 
 
 def time_calls(case: str) -> None:
-    """Answer each line with the seconds of a call; first with the bytes of one."""
+    """Print the bytes that a call takes, and then the seconds of a call for each line of stdin."""
     name, clock, threads, setting, images, texts, dtype, device = json.loads(case)
     torch.set_num_threads(threads)
-    # Libraries load and start their threads.
-    Problem(setting, 2, 2, dtype, device).call(name)()
+    # In a first small call libraries load and start their threads.
+    Problem(setting, 2, 2, dtype, device).contender(name)()
     problem = Problem(setting, images, texts, dtype, device)
-    call = problem.call(name)
+    call = problem.contender(name)
     gradient_bytes = 0 if name == "floor" else problem.image.nbytes + problem.text.nbytes
     if problem.image.is_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -182,28 +183,31 @@ class ContenderProcess:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.bytes = self.answer()
+        self.bytes = self.read_number()
 
-    def answer(self) -> float:
+    def read_number(self) -> float:
+        """Return the number on the next line of the process; NaN if it has failed."""
         assert self.process.stdout is not None
-        return float(self.process.stdout.readline() or "nan")  # it has printed why on stderr
+        return float(self.process.stdout.readline() or "nan")
 
     def seconds(self) -> float:
         if self.process.poll() is None:
             print(file=self.process.stdin, flush=True)
-        return self.answer()
+        return self.read_number()
 
 
 def in_turn(functions: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
     """Call all functions in turn, `repeats` times, and return the results of each.
 
-    The order turns round each time.
+    Each round has the reverse order of the one before.
     """
-    times = {name: list[float]() for name in functions}
-    for repeat in range(repeats):
-        for name in list(functions)[:: 1 if repeat % 2 else -1]:
-            times[name].append(functions[name]())
-    return times
+    results = {name: list[float]() for name in functions}
+    names = list(functions)
+    for _ in range(repeats):
+        names.reverse()
+        for name in names:
+            results[name].append(functions[name]())
+    return results
 
 
 class Speed(NamedTuple):
@@ -223,14 +227,15 @@ def measure_speed(
     contenders: tuple[str, ...] = CONTENDERS,
     beside: Path | None = None,
 ) -> dict[str, Speed]:
-    """Measure the contenders in turn; those that failed have NaN.
+    """Measure the contenders in turn; the numbers of one that fails are NaN.
 
-    `maxsim` is left out where there is no GPU or no late-interaction-kernels.
+    `maxsim` is left out if there is no GPU or no late-interaction-kernels.
     """
     kernels = importlib.util.find_spec("late_interaction_kernels")
+    has_maxsim = device != "cpu" and kernels is not None
     runners = {}
     for name in contenders:
-        if name == "maxsim" and (device == "cpu" or kernels is None):
+        if name == "maxsim" and not has_maxsim:
             continue
         num_texts = images if name == "loss" else texts
         case = (name, clock, threads, setting, images, num_texts, dtype, device)
@@ -245,7 +250,7 @@ def measure_speed(
 
 @click.command(help=(__doc__ or "").split("\n\n")[1])
 @click.option("--images", default=64, show_default=True)
-@click.option("--texts", default=64, show_default=True, help="The loss is of as many as images.")
+@click.option("--texts", default=64, show_default=True, help="The loss has as many as images.")
 @click.option("--setting", type=click.Choice(("full", "captions")), default="full")
 @click.option("--dtype", type=click.Choice(tuple(DTYPES)), default="fp32")
 @click.option("--threads", default=1, show_default=True)

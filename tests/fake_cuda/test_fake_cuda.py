@@ -142,7 +142,7 @@ def test_what_another_stream_may_still_read_is_not_free_yet(recorder):
     del x
     torch.empty(1, device="cuda")
     assert live(recorder) == 8004 - 4  # what ended waits for the stream
-    assert [event.block for event in recorder.events() if event.requests_free] == [0]
+    assert [event.block_id for event in recorder.events() if event.requests_free] == [0]
     torch.cuda.current_stream().wait_stream(other)
     torch.cuda.synchronize()
     torch.empty(1, device="cuda")
@@ -169,7 +169,9 @@ def test_gradients_add_up_in_place(recorder):
     before = len(recorder.log)
     (y.sin() + y.cos() + y.exp()).sum().backward()
     added = [
-        block for block, size, _ in recorder.log[before:] if size == 4000 and "add.Tensor" in recorder.blocks[block].op
+        block
+        for block, size, _ in recorder.log[before:]
+        if size == 4000 and "add.Tensor" in recorder.allocations[block].op
     ]
     assert len(added) <= 2  # the forward's own two sums: autograd's are in place
 

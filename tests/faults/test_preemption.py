@@ -18,12 +18,12 @@ from tests.ranks import ROOT, clean_environment, launcher, start, training_ranks
 WAITS = """
 import time
 from ds_cmli.faults import preemption
-with preemption.handled():
+with preemption.handle_signals():
     print("ready", flush=True)
     end = time.monotonic() + 30
-    while not preemption.requested() and time.monotonic() < end:
+    while not preemption.end_request() and time.monotonic() < end:
         time.sleep(0.01)
-    print(preemption.requested(), flush=True)
+    print(preemption.end_request(), flush=True)
 """
 # It stands between a launcher and its rank, starts the command behind it, and waits.
 STARTS = "import subprocess, sys; print('up', flush=True); sys.exit(subprocess.call(sys.argv[1:]))"
@@ -32,19 +32,19 @@ LONG = ["--preset", "tiny", "--steps", "100000", "--log-every", "5"]
 
 @pytest.mark.parametrize("number", preemption.SIGNALS, ids=lambda number: number.name)
 def test_each_signal_sets_the_flag_until_the_end(number):
-    with preemption.handled():
+    with preemption.handle_signals():
         signal.raise_signal(number)
-        assert preemption.requested() == number.name
-    assert preemption.requested() is None
+        assert preemption.end_request() == number.name
+    assert preemption.end_request() is None
 
 
 def test_a_second_int_interrupts_and_hang_up_stays_ignored_under_nohup(monkeypatch):
     monkeypatch.setattr(preemption, "SAME_PRESS", 0.2)
     handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with preemption.handled():
+        with preemption.handle_signals():
             signal.raise_signal(signal.SIGHUP)
-            assert preemption.requested() is None
+            assert preemption.end_request() is None
             for _ in range(2):  # the same Ctrl-C, passed on by a launcher
                 signal.raise_signal(signal.SIGINT)
             time.sleep(0.3)

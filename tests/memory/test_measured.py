@@ -129,7 +129,7 @@ def train_in_little(rank: int, folder: Path) -> None:
     if rank == 1:
         limit = psutil.Process().memory_info().data + 220 * 2**20
         resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
-    with out_of_memory.ending(folder, device) as engines:
+    with out_of_memory.exit_on_shortage(folder, device) as engines:
         ds_config = DeepSpeedConfig.of(ZERO2).filled(config, distributed.world_size(), 20)
         train_engine = engine.build(config, ds_config, 1000, 20, device)
         engines.append(train_engine)
@@ -172,7 +172,7 @@ def test_a_shortage_of_memory_is_one_line_and_other_errors_are_raised(error, tmp
         raise error
 
     expected = type(error) if error in OTHERS else Exception
-    with pytest.raises(expected) as raised, out_of_memory.ending(tmp_path, torch.device("cpu"), raises=True):
+    with pytest.raises(expected) as raised, out_of_memory.exit_on_shortage(tmp_path, torch.device("cpu"), raises=True):
         step()
     assert (raised.value is error) == (error in OTHERS)
     if error not in OTHERS:

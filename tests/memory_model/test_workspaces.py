@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ds_cmli.memory_model import gpus, workspaces
-from ds_cmli.memory_model.workspaces import OPERATORS, Inside, returned
+from ds_cmli.memory_model.workspaces import FORMULAS, Scratch, cuda_result
 
 aten = torch.ops.aten
 bf16 = torch.bfloat16
@@ -24,8 +24,8 @@ def heads(batch: int, number: int, rows: int, width: int, dtype: torch.dtype = b
     return empty(batch, rows, number, width, dtype=dtype).transpose(1, 2)
 
 
-def held(func, *args, gpu=A100) -> Inside:
-    return OPERATORS[func](gpu, *args)
+def held(func, *args, gpu=A100) -> Scratch:
+    return FORMULAS[func](gpu, *args)
 
 
 X = heads(8, 6, 64, 64)
@@ -59,7 +59,7 @@ def test_sums_over_rows_stage_their_partial_results(shape, dims, blocks):
     ],
 )
 def test_flash_attention_s_backward(args, copies, blocks):
-    assert held(FLASH, *args) == Inside((copies,), (blocks,))
+    assert held(FLASH, *args) == Scratch((copies,), (blocks,))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_flash_attention_s_backward(args, copies, blocks):
 )
 def test_memory_efficient_attention_s_backward(gpu, shape, dtype, blocks):
     x = heads(*shape, dtype=dtype)
-    assert held(EFFICIENT, x, x, x, x, *[None] * 5, 0.0, gpu=gpu) == Inside(((),), tuple(blocks))
+    assert held(EFFICIENT, x, x, x, x, *[None] * 5, 0.0, gpu=gpu) == Scratch(((),), tuple(blocks))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_which_attention_a_gpu_chooses(gpu, dtype, query, key, options, kernel):
     """The kernel is PyTorch's own choice on the null GPU, but for cuDNN's, which training turns off."""
     query, key, value = (empty(*shape, dtype=dtype).requires_grad_() for shape in (query, key, key))
     arguments = {"value": value, "mask": None, "dropout": 0.0, "causal": False, "grouped": False, **options}
-    assert workspaces.attention(query, key, *arguments.values(), gpu) == kernel
+    assert workspaces.attention_kernel(query, key, *arguments.values(), gpu) == kernel
 
 
 def test_the_embedding_s_backward():
@@ -134,12 +134,12 @@ def test_convolutions_copy_a_gradient_and_keep_channels_last():
     weight = empty(384, 3, 14, 14, dtype=fp32)
     shape = [384], [14, 14], [0, 0], [1, 1], False, [0, 0], 1, [False, True, True]
     bytes_held = held(aten.convolution_backward.default, grad, x, weight, *shape)
-    assert bytes_held == Inside(((3_538_944,), (3_538_944,)), ((3_538_944,),))
+    assert bytes_held == Scratch(((3_538_944,), (3_538_944,)), ((3_538_944,),))
     x = torch.empty(2, 8, 4, 4)
     weight = torch.empty(8, 8, 3, 3)
     options = [None, [1, 1], [1, 1], [1, 1], False, [0, 0]]
     for layout in (torch.contiguous_format, torch.channels_last):
         args = x, weight.to(memory_format=layout), *options, 1
-        assert returned(aten.convolution.default, args, x.clone()).is_contiguous(memory_format=layout)
+        assert cuda_result(aten.convolution.default, args, x.clone()).is_contiguous(memory_format=layout)
     apart = x, torch.empty(8, 1, 3, 3).to(memory_format=torch.channels_last), *options, 8  # a kernel of PyTorch's own
-    assert returned(aten.convolution.default, apart, x.clone()).is_contiguous()
+    assert cuda_result(aten.convolution.default, apart, x.clone()).is_contiguous()

@@ -105,7 +105,7 @@ def environment(folder: Path, gpu: str = "A100 80GB") -> dict[str, str]:
     """Return the environment of a process with the null GPU in `folder`, as the one that `gpus.find` calls `gpu`."""
     lib = str(library(folder).parent)
     card = gpus.find(gpu)
-    name = f"NVIDIA {card.reported[0]}"
+    name = f"NVIDIA {card.reported_names[0]}"
     sizes = *card.capability, card.multiprocessors, card.max_threads, card.shared_bytes, card.total_bytes
     path = [str(folder / "site"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     device_variables = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
