@@ -51,6 +51,9 @@ def open_source(name: str, config: DataConfig) -> Opened:
         return "tars in a storage", open_remote(name, expand_braces(name), config)
     if name.startswith(HUB_DATASETS):
         return "a data set of the hub", open_hub(name, config)
+    if "://" in name:
+        example = f"{name.rstrip('/')}/{{00000..00127}}.tar"
+        raise UserError(f"data.source is {name!r}: name the tars of a storage, as {example}")
     path = Path(os.path.expanduser(name))
     named_files = [] if path.is_dir() else expand(name)
     for entry in SOURCES.values():
@@ -61,7 +64,7 @@ def open_source(name: str, config: DataConfig) -> Opened:
             if config.cache and open_files is open_tars:
                 open_files = open_copied
             return entry.title, open_files(matching or [path], config)
-    raise UserError(f"data.source is {name!r}, {_guess(path)}\n{_accepted()}")
+    raise UserError(f"data.source is {name!r}, {_guess(path)}; {_accepted()}")
 
 
 def open_hub(name: str, config: DataConfig) -> dict[str, Source]:
@@ -105,7 +108,7 @@ def expand(pattern: str) -> list[Path]:
         close = difflib.get_close_matches(str(missing[0]), glob.glob(f"{missing[0].parent}/*"), n=1)
         raise UserError(
             f"data.source is {pattern!r}: {len(missing)} of {len(files)} files do not exist, the "
-            f"first {missing[0]}{f' (did you mean {close[0]}?)' if close else ''}\n{_accepted()}"
+            f"first {missing[0]}{f' (did you mean {close[0]}?)' if close else ''}; {_accepted()}"
         )
     return files
 

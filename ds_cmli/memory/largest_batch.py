@@ -30,7 +30,9 @@ def find_largest_batch(step: Step, gpu: Gpu, room: int, progress: Progress) -> L
 
     def needs(micro_batch: int) -> int:
         nonlocal rank
-        progress.begin(f"micro-batch {micro_batch}", trials_left(tried, room))
+        fitting = max((n for n, size in tried.items() if size <= room), default=None)
+        trial = f"micro-batch {micro_batch}" + (f", {fitting} fits" if fitting else "")
+        progress.begin(trial, trials_left(tried, room))
         batch = {"train_batch_size": None, "train_micro_batch_size_per_gpu": micro_batch}
         json = DeepSpeedConfig.of({**step.ds_config, **batch})
         report = predicted_worst(replace(step, ds_config=json), gpu, room, rank)

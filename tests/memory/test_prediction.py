@@ -107,7 +107,7 @@ def test_fit_reports_what_fits_and_what_does_not_fit_has_exit_code_3(tmp_path, m
     printed = capsys.readouterr()
     assert printed.out.startswith("fits in 0.52 GB with micro-batch 2\n")
     assert "at the peak" in printed.out and "tried, micro-batch: on the device: 1:" in printed.out
-    assert printed.err.startswith("trial 1: micro-batch 1\ntrial 2: micro-batch 2; about ")
+    assert printed.err.startswith("trial 1: micro-batch 1\ntrial 2: micro-batch 2, 1 fits; about ")
     code, above = by_command(tmp_path, "above", {**gpu, "--micro-batch": 256}, GLOBAL)
     printed = capsys.readouterr()
     assert "does not fit on the GPU of 515MB" in printed.out and "peak of phase" in printed.out

@@ -153,10 +153,11 @@ def list_shards(urls: list[str]) -> list[Shard]:
     missing = [path for path in paths if sizes[path] is None]
     if len(missing) == len(paths):
         raise UserError(f"none of the {len(paths):,} shards exists: {urls[0]}")
-    if missing:
-        count = f"{len(missing):,} of {len(paths):,} shards do not exist"
-        print_line(f"data: {count}, the first {missing[0]}: its samples count as bad")
     counts = counts_beside(storage, paths)
+    if missing:
+        count = f"{len(missing):,} of {len(paths):,} shards do not exist, the first {missing[0]}"
+        num_samples = sum(counts.get(path, 0) for path in missing)
+        print_line(f"data: {count}: their {num_samples:,} samples count as broken")
     uncounted = [path for path in paths if path not in counts and sizes[path] is not None]
     if uncounted:
         example = '{"00000.tar": 10000, "00001.tar": 9998}'
