@@ -1,4 +1,6 @@
+import atexit
 import contextlib
+import gc
 import importlib.util
 import os
 import signal
@@ -55,6 +57,13 @@ def pytest_runtest_call():
         return (yield)
 
 
+def keep_what_is_imported() -> None:
+    """Freeze the objects of the libraries, which stay to the end: the garbage collector need not look through them."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # triton would report what is left then as leaked
+
+
 def pytest_collection_modifyitems(items):
     names = [f"test_{name}.py" for name in LONGEST]
     items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
@@ -65,6 +74,14 @@ def pytest_collection():
     """Import what the files of tests import without garbage collection and trackers, as a training does."""
     with importing():
         return (yield)
+
+
+@pytest.fixture(autouse=True)
+def what_a_test_imports_stays_as_well():
+    num_modules = len(sys.modules)
+    yield
+    if len(sys.modules) > num_modules + 100:
+        keep_what_is_imported()
 
 
 @pytest.fixture(scope="session")
