@@ -76,16 +76,11 @@ def lengthen_tar(folder: Path) -> None:
         file.write(bytes(512))
 
 
-def lengthen_caption(row: dict) -> dict:
-    return {"caption": row["caption"] + "s"}
+def map_images(change_image: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    def changed(row: dict) -> dict:
+        return {"image": {**row["image"], "bytes": change_image(row["image"]["bytes"])}}
 
-
-def lengthen_image(row: dict) -> dict:
-    return {"image": {**row["image"], "bytes": row["image"]["bytes"] + b"\0"}}
-
-
-def change_image(row: dict) -> dict:
-    return {"image": {**row["image"], "bytes": other_image(row["image"]["bytes"])}}
+    return write_rows(lambda rows: rows.map(changed))
 
 
 def change_dates(folder: Path) -> None:
@@ -120,9 +115,9 @@ CHANGES: dict[str, dict[str, Callable[[Path], object]]] = {  # format of the pag
     "parquet, Arrow, `datasets`": {
         "names of columns": write_rows(lambda rows: rows.rename_column("caption", "text")),
         "number of rows": write_rows(lambda rows: rows.select(range(23))),
-        "bytes of the image column": write_rows(lambda rows: rows.map(lengthen_image)),
-        "bytes of the caption column": write_rows(lambda rows: rows.map(lengthen_caption)),
-        "other content of the same size": write_rows(lambda rows: rows.map(change_image)),
+        "bytes of the image column": map_images(lambda image: image + b"\0"),
+        "bytes of the caption column": write_rows(lambda rows: rows.map(lambda row: {"caption": row["caption"] + "s"})),
+        "other content of the same size": map_images(other_image),
         "dates": change_dates,
     },
 }
