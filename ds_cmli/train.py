@@ -189,7 +189,7 @@ def train(
             watchdog=watchdog,
             stop_poll=distributed.SpacedFlag(flags),
         )
-        profiled = profiles.around(engine, chosen, ds_config, folder, state.step)
+        profiled = profiles.loop_context(engine, chosen, ds_config, folder, state.step)
         after_step = stack.enter_context(profiled)
         stack.enter_context(preemption.handle_signals())
         return loop(run, after_step), folder  # collectives

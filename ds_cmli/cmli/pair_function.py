@@ -45,6 +45,8 @@ class PairBatch(NamedTuple):
 
 
 class BlockScores(NamedTuple):
+    """The scores of a block of images with the texts of all ranks."""
+
     i2t: Tensor  # [b, G]
     t2i: Tensor  # [b, G]
     # CMLI's gradient needs these: None for vectors, and empty unless they are kept.
@@ -313,6 +315,7 @@ class SequenceBlock(ImageBlock):
 
 
 def blocks(batch: PairBatch, plan: BlockPlan) -> Iterator[VectorBlock | SequenceBlock]:
+    """Yield the blocks of this rank's images, in their order."""
     global_text = upcast(batch.global_text) if plan.upcast_text else batch.global_text
     for rows in slices(len(batch.image), plan.block_size):
         if batch.global_token_mask is None:

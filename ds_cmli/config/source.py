@@ -65,10 +65,10 @@ class ModelSource:
 
     def __init__(self, name: str):
         self.name = name
-        self.weights: str | None = None
+        self.weights: str | None = None  # the name of a file, if `name` ends in one
         self.bare_name = name.removeprefix(LOCAL_PREFIX).removeprefix(HUB_PREFIX)
         self.local_folder = Path(os.path.expanduser(self.bare_name))  # the folder of the model
-        # A name may be too long for a path, and may give the file of weights, if not the usual one.
+        # `os.path` returns False for a name that is too long for a path, where pathlib may raise.
         if self.local_folder.suffix == ".safetensors" and os.path.isfile(self.local_folder):
             self.weights = self.local_folder.name
             self.local_folder = self.local_folder.parent
@@ -185,13 +185,13 @@ def with_source_settings(overrides: Mapping[str, Section]) -> Sections:
         return settings
     source = ModelSource(name)
     data = settings.get("data", {})
-    free = {*TRAINING_SETTINGS, "dropout" if source.is_ds_cmli else "shared_blocks"}
+    free_keys = {*TRAINING_SETTINGS, "dropout" if source.is_ds_cmli else "shared_blocks"}
     decided = run_settings(source, data) if source.is_ds_cmli else library_settings(source, data)
     for section, values in decided.items():
         chosen = settings.setdefault(section, {})
         for key, value in values.items():
             chosen.setdefault(key, value)
-            if key not in free:
+            if key not in free_keys:
                 need = f"student.source {name!r} has {value!r}: leave it out"
                 check(chosen[key] == value, f"{section}.{key}", chosen[key], need)
     temperature = settings.get("loss", {}).get("init_temperature")

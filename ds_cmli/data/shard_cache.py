@@ -49,7 +49,7 @@ class Shard(NamedTuple):
 
     url: str  # as fsspec takes it
     size: int | None  # bytes, if known
-    num_samples: int = 0  # as is known before it is read
+    num_samples: int = 0  # as its source says, before it is read
 
 
 class LostShard(ValueError):
@@ -59,7 +59,7 @@ class LostShard(ValueError):
     samples counted as bad, a start that can fetch the shard would train on others.
     """
 
-    num_samples = 1  # of the shard, where a reader meets this
+    num_samples = 1  # of the shard; `get` sets it
 
 
 def shards_folder() -> Path:
@@ -105,7 +105,7 @@ class ShardCache:
     # --- readers
 
     def want(self, shards: Iterable[Shard]) -> None:
-        """Say that shards are read soon, or still: what was wanted longest ago is dropped first."""
+        """Request shards that are read soon or still; the one requested longest ago goes first."""
         time_now = time.monotonic()
         for shard in shards:
             if time_now - self.touched.get(shard, -TOUCH_SECONDS) < TOUCH_SECONDS:
@@ -194,6 +194,7 @@ class ShardCache:
             copy.unlink()
             copy.with_suffix(".rows").unlink(missing_ok=True)
             excess -= status.st_size
+        # A shard that is larger than the bound is fetched alone.
         return excess <= 0 or (is_awaited and not reserved_bytes)
 
     def fetch(self, shard: Shard) -> None:
@@ -273,7 +274,7 @@ def start_fetching(max_bytes: int) -> None:
             [sys.executable, "-c", FETCHING, str(max_bytes), str(os.getpid())],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             stdin=subprocess.DEVNULL,
-            start_new_session=True,  # a signal to the run's processes must not end it before them
+            start_new_session=True,  # a signal to the run must not end it before the run ends
         )
 
 

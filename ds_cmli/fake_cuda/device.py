@@ -105,8 +105,8 @@ def guard() -> ctypes.CDLL:
     """Return the small library by which PyTorch's C++ finds the GPU, compiled into the cache."""
     installed = TorchVersion(torch.__version__)
     if installed < OLDEST_TORCH or installed >= NEXT_TORCH:
-        known = f"{OLDEST_TORCH} to before {NEXT_TORCH}"
-        raise UserError(f"torch is {installed}: a prediction knows {known}")
+        supported = f"{OLDEST_TORCH} to before {NEXT_TORCH}"
+        raise UserError(f"torch is {installed}: a prediction knows {supported}")
     root = Path(torch.__file__).parent
     flags = ["-std=c++20", f"-I{root / 'include'}", f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu"]
     # Another version has another library.

@@ -43,7 +43,7 @@ class Allocation:
     readers: set[Stream] = field(default_factory=set)  # other streams that may still read it
 
 
-ScratchBlocks = list[tuple[int, int]]  # blocks and their bytes
+ScratchBlocks = list[tuple[int, int]]  # (index in `Recorder.allocations`, bytes) of each
 
 
 @dataclass
@@ -136,7 +136,8 @@ class Recorder(TorchDispatchMode):
         size = self.workspace_bytes
         if product is aten.addmm.default and not workspaces.KEEPS_WORKSPACES:
             size = min(size, workspaces.LT_WORKSPACE)
-        # Call this class's method: a subclass's would take the multiplying code for the owner.
+        # Not `self._allocate`: TrainingRecorder's takes the category from the code that allocates,
+        # here the code that multiplies.
         block = Recorder._allocate(self, size, "temporaries", "cuBLAS")
         if not workspaces.KEEPS_WORKSPACES:
             self._free(block, size)
@@ -156,12 +157,15 @@ class Recorder(TorchDispatchMode):
     def _pass_stages(self, held: ScratchBlocks, stages: tuple, func: OpOverload) -> ScratchBlocks:
         """Free and allocate an operator's scratch blocks, stage by stage; return those of the last.
 
-        A block stays allocated if the next stage has one of equal size at its place in the order.
+        `held`: the scratch blocks that are allocated now. A block stays allocated if the next stage
+        has one of equal size; blocks that stay keep their order.
         """
         for stage in stages:
             sizes = [size for size in stage if size]
             kept_blocks: dict[int, int] = {}  # by their places in this stage
-            end = len(sizes)  # The order stays: a block's place is before that of the next block.
+            # The last block chooses first. Each block's place is below `end`, which is the place of
+            # the block that stays after it.
+            end = len(sizes)
             for block, size in reversed(held):
                 places = [place for place in range(end) if sizes[place] == size]
                 if places:
@@ -231,8 +235,9 @@ class Recorder(TorchDispatchMode):
         block = len(self.allocations)
         self.argument_block = None
         stream = Stream.current.stream_id if self.gpu is not None else 0
-        moment = self.phase, self.segment, self.recomputing
-        self.allocations.append(Allocation(str(op), *moment, stream, category))
+        self.allocations.append(
+            Allocation(str(op), self.phase, self.segment, self.recomputing, stream, category)
+        )
         self.log.append((block, size, self.phase))
         return block
 
@@ -242,7 +247,7 @@ class Recorder(TorchDispatchMode):
         if readers:
             events = [stream.record_event() for stream in readers]
             self.pending_frees.append((block, size, events))
-            self.log.append((block, 0, self.phase))
+            self.log.append((block, 0, self.phase))  # the request, as in `Event`
         else:
             self._free(block, size)
 
@@ -282,11 +287,11 @@ class Recorder(TorchDispatchMode):
 
     def events(self) -> list[Event]:
         """Return all allocations and frees so far, with the categories that are known now."""
-        categories = list(map(self.category, range(len(self.allocations))))
         out = []
         for block, size, phase in self.log:
-            allocation = self.allocations[block]
-            requests_free = not size and allocation.op != "empty_cache"
-            origin = allocation.op, allocation.stream, requests_free
-            out.append(Event(block, size, categories[block], phase, *origin))
+            category = self.category(block)
+            op = self.allocations[block].op
+            stream = self.allocations[block].stream
+            requests_free = not size and op != "empty_cache"
+            out.append(Event(block, size, category, phase, op, stream, requests_free))
         return out

@@ -7,14 +7,15 @@ it has not entered.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import mode
 from typing import NamedTuple
 
 FAULT_EXIT_CODE = 86  # of ranks that end because another one holds them up
-# Factor on the time limit while models are built, kernels compiled or a checkpoint written.
-SLOW = 10
+# Multiplies a time limit while models are built, kernels compiled or a checkpoint written.
+SLOW_FACTOR = 10
 MAX_SILENCE = 60.0  # seconds without a publication, after which a rank is dead or stopped
 MAX_SILENCE_AFTER_LOSS = 6.0  # the same, if another rank has lost a connection
-# Seconds in which the others may meet the error that has ended a rank, and end by themselves.
+# Seconds after the error of one rank in which the others may fail and end by themselves.
 GRACE = 15.0
 
 
@@ -25,13 +26,13 @@ class RankState(NamedTuple):
     step: int = 0  # optimizer steps done
     heartbeats: int = 0
     collectives: int = 0  # entered so far, in all process groups
-    num_changes: int = 0  # of fetched bytes and the like, which are other on each rank
+    num_changes: int = 0  # of `Watchdog.counting`; a sign of progress, not compared among ranks
     is_slow: bool = False  # it builds models, compiles kernels or writes a checkpoint
     waits: bool = False  # inside a collective
     place: str = ""  # the innermost line of the project's code
     has_lost: bool = False  # its connection to another rank has broken
-    error: str = ""  # its own, which ends it; "": none
-    exit_code: int = 0  # of that error
+    error: str = ""  # the rank's own error, which ends it; "": none
+    exit_code: int = 0  # of `error`
 
 
 @dataclass
@@ -46,9 +47,11 @@ class RankRecord:
     def update(self, turn: int, state: RankState, seconds: float) -> None:
         """Take what is published now, `seconds` after the last update."""
         self.seconds_silent = 0.0 if turn != self.turn else self.seconds_silent + seconds
-        # The line changes in an endless loop, too.
-        stays = self.state._replace(place=state.place) == state
-        self.seconds_without_progress = self.seconds_without_progress + seconds if stays else 0.0
+        # The place is no progress, because it also changes in an endless loop.
+        has_progress = self.state._replace(place=state.place) != state
+        self.seconds_without_progress = (
+            0.0 if has_progress else self.seconds_without_progress + seconds
+        )
         self.turn = turn
         self.state = state
 
@@ -78,15 +81,16 @@ def diagnose(records: Sequence[RankRecord], timeout: float) -> Fault | None:
 
 
 def _end_of_rank(rank: int, record: RankRecord, timeout: float, has_lost: bool) -> Fault | None:
-    """Return the fault of a rank that has ended or is silent; `has_lost`: one has lost another."""
+    """Return the fault of a rank that has ended or is silent; `has_lost`: any rank's field."""
     state = record.state
     if state.error and (has_lost or record.seconds_without_progress > GRACE):
-        is_printed = state.exit_code == 2  # a mistake, by the rank itself
+        is_printed = state.exit_code == 2  # the rank itself prints a mistake of the user
         line = rank_line(rank, state, f"has ended by {state.error}")
         return Fault("" if is_printed else line, state.exit_code)
     limit = max_silence(timeout, has_lost)
     if state.is_slow and not has_lost:
-        limit *= SLOW  # a library that writes a large file may block the other threads
+        # A library that writes a large file may block the thread that publishes.
+        limit *= SLOW_FACTOR
     if record.seconds_silent > limit:
         return Fault(rank_line(rank, state, f"no progress for {limit:g} s, dead or stopped"))
     return None
@@ -96,9 +100,10 @@ def _hold_up(records: Sequence[RankRecord], timeout: float) -> Fault | None:
     """Return the fault of ranks that run, but for which the others wait."""
     states = [record.state for record in records]
     suspects = _suspects(states)
-    # A rank that gets on alone, as in an evaluation, may keep the others waiting.
+    # The others may have to wait for any rank that computes, for instance for a long evaluation:
+    # there is no fault while one of these makes progress.
     awaited = {*suspects, *(rank for rank, state in enumerate(states) if not state.waits)}
-    limit = timeout * (SLOW if any(states[rank].is_slow for rank in awaited) else 1)
+    limit = timeout * (SLOW_FACTOR if any(states[rank].is_slow for rank in awaited) else 1)
     if min(records[rank].seconds_without_progress for rank in awaited) <= limit:
         return None
     suspect = states[suspects[0]]
@@ -106,8 +111,9 @@ def _hold_up(records: Sequence[RankRecord], timeout: float) -> Fault | None:
     if len(suspects) == len(states) > 1:
         return Fault(f"all ranks: {reason}; last step {suspect.step}")
     if suspect.waits:
-        num_at = Counter(state.place for state in states if state.place != suspect.place)
-        reason += "".join(f", while others are at {place}" for place, _ in num_at.most_common(1))
+        other_places = [state.place for state in states if state.place != suspect.place]
+        if other_places:
+            reason += f", while others are at {mode(other_places)}"
     return Fault(rank_line(suspects[0], suspect, reason))
 
 
@@ -137,7 +143,7 @@ def _suspects(states: Sequence[RankState]) -> list[int]:
     suspects = [rank for rank in ranks if progress[rank] == furthest(progress)]
     if 0 < len(computing) <= len(states) / 2 and {*suspects}.isdisjoint(computing):  # 3
         suspects = computing
-    num_at = Counter(states[rank].place for rank in suspects)  # rule 4
-    fewest = min(num_at.values())
-    suspects = [rank for rank in suspects if num_at[states[rank].place] == fewest]
+    num_ranks_at = Counter(states[rank].place for rank in suspects)  # rule 4
+    fewest = min(num_ranks_at.values())
+    suspects = [rank for rank in suspects if num_ranks_at[states[rank].place] == fewest]
     return [rank for rank in suspects if rank in computing] or suspects

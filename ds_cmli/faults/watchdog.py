@@ -1,7 +1,7 @@
 """Ends the job when a rank makes no progress; one line names the rank, its node, code and step.
 
-Every rank publishes its state in the process group's store. Rank 0 reads those of all ranks and
-publishes a verdict, which the others read: P ranks write P values and read 2 P per interval.
+Every rank publishes its state in the process group's store. Rank 0 reads the states of all ranks
+and publishes a verdict, which the others read. Per interval P ranks write P values and read 2 P.
 """
 
 import json
@@ -38,6 +38,7 @@ from ds_cmli.faults.diagnosis import (
 # A thread inside these files waits for other ranks.
 COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
 PACKAGE = f"{Path(__file__).parent.parent}/"
+# Files of Python and of its packages, and names such as <string>, which are no files.
 LIBRARY = re.compile("/lib(64)?/python|^<")
 VERDICT = "verdict"  # the key of what rank 0 publishes for all
 _numbers = count()  # each watchdog of this process has keys of its own
@@ -68,7 +69,7 @@ class Watchdog:
         self.num_ranks = distributed.world_size()
         self.main_thread = threading.get_ident()
         self.name = f"watchdog/{next(_numbers)}"
-        self.is_ending = threading.Lock()  # taken by the thread that ends the process
+        self.end_lock = threading.Lock()  # taken, for good, by the thread that ends the process
         # Written by the main thread.
         self.closed = threading.Event()
         self.step: int | None = None  # optimizer steps done
@@ -86,7 +87,7 @@ class Watchdog:
         self.is_store_lost = False
 
     def heartbeat(self, step: int | None = None) -> None:
-        """Report progress; `step`, at the beginning of a step: how many are done so far."""
+        """Report progress. `step`, given when a step begins: the number of steps done before."""
         if step is not None:
             self.is_slow = self.step is None  # the first step compiles kernels and fills caches
             self.step = step
@@ -94,15 +95,15 @@ class Watchdog:
 
     @contextmanager
     def slow(self) -> Iterator[None]:
-        """Multiply the time limit by `SLOW` inside, for work without heartbeats."""
+        """Multiply the time limit by `SLOW_FACTOR` inside, for work without heartbeats."""
         was_slow = self.is_slow
         self.is_slow = True
         yield
-        self.is_slow = was_slow
+        self.is_slow = was_slow  # after an error the rank stays slow
 
     @contextmanager
     def counting(self, read_progress: Callable[[], object]) -> Iterator[None]:
-        """Count each change of the result, as of fetched bytes, as progress inside."""
+        """Inside, each change of the result, such as a number of bytes, counts as progress."""
         self.read_progress = read_progress
         try:
             yield
@@ -130,10 +131,12 @@ class Watchdog:
                 self.exit_code = 2 if isinstance(error, click.ClickException) else 1
                 self.error = f"{type(error).__name__}: {one_line(error)}"
                 self.closed.set()
-                self.threads[0].join(2.0)  # it publishes the error
+                exchanging, _ = self.threads
+                exchanging.join(2.0)  # it publishes the error
         self.closed.set()
 
     def _state(self) -> RankState:
+        """Return the state to publish; count a change of `read_progress` since the last call."""
         read_progress = self.read_progress
         if read_progress is not None:
             progress = read_progress()
@@ -155,7 +158,7 @@ class Watchdog:
         )
 
     def _exchange(self) -> None:
-        """Publish this rank's state, and diagnose those of all or read the verdict."""
+        """Publish this rank's state. Rank 0 then judges all states; the others read its verdict."""
         # A connection of its own: a collective that waits on the group's one would block it.
         store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         store = dist.PrefixStore(self.name, store)
@@ -182,6 +185,7 @@ class Watchdog:
         publications = store.multi_get([str(rank) for rank in started])
         published = dict(zip(started, publications, strict=True))
         for rank, record in enumerate(records):
+            # Without a publication: turn -1, and the defaults of RankState.
             turn, *values = json.loads(published.get(rank, b"[-1]"))
             record.update(turn, RankState(*values), self.interval)
         deputy = next((r for r in started if records[r].state.node != this_node()), 1)
@@ -194,21 +198,23 @@ class Watchdog:
 
     def _watch(self) -> None:
         """End the process by the verdict, or when rank 0 or the store does not answer."""
-        root = RankRecord()
-        turn = -1
+        root_record = RankRecord()
+        last_turn = -1
         # Seconds are counted in turns, because the whole job may have been suspended.
         seconds_unanswered = 0.0  # by the store
         while not self.closed.wait(self.interval):
             verdict = self.verdict
             if verdict.exit_code and self.rank > 0:
                 self._end(Fault("", verdict.exit_code))
-            root.update(verdict.turn, RankState(*verdict.root_state), self.interval)
-            seconds_unanswered = seconds_unanswered + self.interval if turn == self.turn else 0.0
-            turn = self.turn
-            reason = self._loss_of_root(seconds_unanswered, root.seconds_silent)
+            root_record.update(verdict.turn, RankState(*verdict.root_state), self.interval)
+            is_unanswered = self.turn == last_turn
+            seconds_unanswered = seconds_unanswered + self.interval if is_unanswered else 0.0
+            last_turn = self.turn
+            reason = self._loss_of_root(seconds_unanswered, root_record.seconds_silent)
             if reason:
-                is_deputy = self.rank == min(verdict.deputy, self.num_ranks - 1)  # 0 if it is alone
-                self._end(Fault(rank_line(0, root.state, reason) if is_deputy else ""))
+                # A rank 0 without other ranks is its own deputy.
+                is_deputy = self.rank == min(verdict.deputy, self.num_ranks - 1)
+                self._end(Fault(rank_line(0, root_record.state, reason) if is_deputy else ""))
 
     def _loss_of_root(self, seconds_unanswered: float, seconds_silent: float) -> str:
         """Return why rank 0 does not answer this rank, "" if it does.
@@ -229,7 +235,7 @@ class Watchdog:
 
     def _end(self, fault: Fault) -> None:
         """Print the line of a fault, and end the process."""
-        self.is_ending.acquire()
+        self.end_lock.acquire()
         if fault.line:
             with suppress(OSError):  # the terminal or pipe is closed
                 print(f"error: {fault.line}", file=sys.stderr, flush=True)
@@ -240,9 +246,9 @@ class Watchdog:
 
 
 def _position(frame: FrameType | None) -> tuple[bool, str]:
-    """Return whether a thread is in a collective, and its innermost line of no library.
+    """Return whether a thread is in a collective, and its innermost line outside of libraries.
 
-    The package may itself be installed beside the libraries.
+    Lines of this package count even if it is installed among the libraries.
     """
     waits = False
     place = ""

@@ -32,11 +32,13 @@ AfterStep = Callable[[], None]  # called at the end of each step of the training
 
 @dataclass(frozen=True)
 class Profiles:
+    """The profiles that the user asks for."""
+
     trace_steps: str | None = None  # --profile, "FIRST:LAST"
     memory_steps: int | None = None  # --profile-memory, how many
 
-    def still_possible(self, total_steps: int, done: int) -> "Profiles":
-        """Return the profiles that a run can record after `done` steps; print those left out.
+    def still_possible(self, total_steps: int, num_done: int) -> "Profiles":
+        """Return the profiles that a run can record after `num_done` steps; print the others.
 
         Raises:
             UserError: the training never takes these steps, or both profiles are requested.
@@ -49,31 +51,35 @@ class Profiles:
         if memory is not None and trace is not None:
             requested = f"--profile-memory is {memory} and --profile is {trace!r}"
             raise UserError(f"{requested}: both take the profiler, give one")
-        if trace is not None and parse_steps(trace, total_steps)[0] <= done:
-            print_line(f"--profile {trace} is left out: the training goes on at step {done + 1}")
-            trace = None
-        if memory is not None and memory > (left := total_steps - done):
+        if trace is not None:
+            first, _ = parse_steps(trace, total_steps)
+            if first <= num_done:
+                reason = f"the training goes on at step {num_done + 1}"
+                print_line(f"--profile {trace} is left out: {reason}")
+                trace = None
+        left = total_steps - num_done
+        if memory is not None and memory > left:
             print_line(
                 f"--profile-memory {memory} is left out: {left} steps are left of the training"
             )
             memory = None
         return Profiles(trace, memory)
 
-    def around(
+    def loop_context(
         self,
         train_engine: "TrainEngine",
         config: Config,
         ds_config: DeepSpeedConfig,
         folder: Path,
-        done: int,
+        num_done: int,
     ) -> AbstractContextManager[AfterStep]:
         """Return the context in which the training loop is profiled, into `folder`.
 
-        `config` and `ds_config` are what `engine.build` took; `done` steps were taken before.
+        `config` and `ds_config` are what `engine.build` took; `num_done` steps were taken before.
         """
         if self.trace_steps is not None:
             steps = parse_steps(self.trace_steps, sys.maxsize)  # `still_possible` has checked them
-            return profiling(steps, folder / "profile", done)
+            return profiling(steps, folder / "profile", num_done)
         if self.memory_steps is not None:
             return profiling_memory(self.memory_steps, train_engine, config, ds_config, folder)
         return nullcontext(lambda: None)
@@ -95,13 +101,14 @@ def parse_steps(text: str, total_steps: int) -> tuple[int, int]:
 
 
 @contextmanager
-def profiling(steps: tuple[int, int], folder: Path, done: int) -> Iterator[AfterStep]:
-    """Trace the first to the last of `steps`, which count from 1; `done` steps were taken before.
+def profiling(steps: tuple[int, int], folder: Path, num_done: int) -> Iterator[AfterStep]:
+    """Trace steps; after the last one each rank writes `rank<r>.<time>.pt.trace.json`.
 
-    After the last one each rank writes `rank<r>.<time>.pt.trace.json` into `folder`.
+    Args:
+        steps: the first and the last traced step, counted from 1.
+        num_done: steps that were taken before.
     """
-    import torch
-    from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
+    from torch.profiler import profile, schedule, tensorboard_trace_handler
 
     from ds_cmli.distributed import process_group as distributed
 
@@ -116,16 +123,15 @@ def profiling(steps: tuple[int, int], folder: Path, done: int) -> Iterator[After
         except (OSError, RuntimeError) as error:  # the training goes on
             print(f"warning: rank {rank}: no trace in {folder}: {error}", flush=True)
 
-    warmup = min(first - done - 1, 1)  # starting the tracer takes time
+    warmup = min(first - num_done - 1, 1)  # starting the tracer takes time
     profiler = profile(
-        activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available(),
         schedule=schedule(wait=first - warmup, warmup=warmup, active=last - first + 1, repeat=1),
         on_trace_ready=write,
         profile_memory=True,
         record_shapes=True,
         with_stack=True,
     )
-    profiler.step_num = done + 1  # the trace and the schedule count as the log does
+    profiler.step_num = num_done + 1  # the trace and the schedule count as the log does
     with profiler:
         yield profiler.step
 
@@ -138,7 +144,7 @@ def profiling_memory(
     ds_config: DeepSpeedConfig,
     folder: Path,
 ) -> Iterator[AfterStep]:
-    """Measure the next `steps` steps. The first one creates the optimizer's states: 2 see the peak.
+    """Measure the next `steps` steps: 2 or more see the peak, because the first creates states.
 
     After the last of them rank 0 writes `folder/memory.json`. At the end of the loop, on a GPU, it
     adds a prediction for this GPU and the differences.
@@ -157,7 +163,7 @@ def profiling_memory(
     setting = {"preset": config.run.preset, "steps": steps, "gpu": device_name}
     setting["world_size"] = distributed.world_size()
     recorder = TrainingRecorder(device.type)
-    watching = ExitStack()  # closed after the last measured step
+    contexts = ExitStack()  # of the measurement, closed after its last step
     num_taken = 0
     max_positions = 0  # the length of the longest text so far
     report = JsonObject()  # the content of memory.json, on rank 0 after the last measured step
@@ -172,7 +178,7 @@ def profiling_memory(
         num_taken += 1
         if num_taken != steps:
             return
-        watching.close()
+        contexts.close()
         if not distributed.is_main():
             return
         measurement = summarise(recorder.events(), setting, f"measured: {device_name}")
@@ -183,14 +189,14 @@ def profiling_memory(
         report["measurement"] = measurement.to_dict()
         _write(folder / REPORT_FILE, report)
 
-    with watching:
-        watching.enter_context(train_engine.objective.register_forward_pre_hook(note_positions))
+    with contexts:
+        contexts.enter_context(train_engine.objective.register_forward_pre_hook(note_positions))
         if on_gpu:
             record_history(10**7)
             torch.cuda.reset_peak_memory_stats(device)  # loading is not measured
-        watching.enter_context(recorder)
-        watching.enter_context(recorder.attach(train_engine))
-        yield after_step
+        contexts.enter_context(recorder)
+        contexts.enter_context(recorder.attach(train_engine))
+        yield after_step  # the training loop runs
     if report and on_gpu:
         step = Step(config, ds_config, distributed.world_size(), 0, positions=max_positions)
         gpu = gpus.of_device(torch.cuda.get_device_properties(device))
@@ -202,7 +208,7 @@ def profiling_memory(
 
 
 def _predict_in_process(step: "Step", gpu: "Gpu") -> JsonObject | None:
-    """Predict in a process of its own, as this one has a process group; None if that fails."""
+    """Predict in a new process, because this one has a process group; None if that fails."""
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 

@@ -30,11 +30,10 @@ Stage = tuple[int, ...]
 
 
 class Scratch(NamedTuple):
-    """An operator's blocks besides its results, all freed when it returns: the stages before the
-    results are allocated, and those after."""
+    """An operator's blocks besides its results, all freed when the operator returns."""
 
-    before: tuple[Stage, ...] = ()
-    after: tuple[Stage, ...] = ()
+    before: tuple[Stage, ...] = ()  # the stages before the results are allocated
+    after: tuple[Stage, ...] = ()  # the stages after that
 
 
 def cuda_result(func: OpOverload, args: tuple, out: Any) -> Any:
@@ -113,7 +112,7 @@ def _partial_sums(rows: int, columns: int, gpu: Gpu) -> Stage:
 
 
 def _sum(gpu: Gpu, x: Tensor, dims: list[int] | None, *_: object) -> Scratch:
-    """The gradient of a bias: the first dimensions of a tensor are added up."""
+    """Return the buffers of a sum over the first dimensions, such as a bias's gradient."""
     reduced = sorted(dim % x.dim() for dim in dims or ()) if x.dim() else []
     if not reduced or reduced != list(range(len(reduced))) or not x.is_contiguous():
         return Scratch()
@@ -132,9 +131,9 @@ def _layer_norm_backward(
     if rows <= 1 << 16 or width // 32 >= gpu.multiprocessors // 2:
         return Scratch((_copies(x),), (copies,))
     blocks = min((1 << 15) // math.ceil(width / 32), math.ceil(rows / 32))
-    partial = (*copies, *2 * (blocks * width * grad.dtype.itemsize,))
-    summed = (*partial, width * grad.dtype.itemsize, *_partial_sums(blocks, width, gpu))
-    return Scratch((_copies(x),), (summed, partial, summed))
+    with_partials = (*copies, *2 * (blocks * width * grad.dtype.itemsize,))
+    summing = (*with_partials, width * grad.dtype.itemsize, *_partial_sums(blocks, width, gpu))
+    return Scratch((_copies(x),), (summing, with_partials, summing))
 
 
 # --- embeddings
@@ -143,8 +142,8 @@ INDEX_BYTES = 8  # bytes of an int64
 SCAN = 1279  # bytes of cub's prefix sums of up to 20,000 numbers
 
 
-def _sorted_pairs(n: int, largest: int, gpu: Gpu) -> Stage:
-    """Return what cub's radix sort of `n` int64 keys up to `largest` stores, with int64 values.
+def _sorted_pairs(n: int, max_key: int, gpu: Gpu) -> Stage:
+    """Return what cub's radix sort of `n` int64 keys up to `max_key` stores, with int64 values.
 
     cub/device/dispatch/dispatch_radix_sort.cuh (`InvokeOnesweep`): 256 counts for each 8 bits of
     the keys, a table that blocks read from each other, and both arrays once more if there is more
@@ -152,7 +151,7 @@ def _sorted_pairs(n: int, largest: int, gpu: Gpu) -> Stage:
     """
     if n <= 2048:
         return (1,)
-    passes = math.ceil(max(1, largest.bit_length()) / 8)
+    passes = math.ceil(max(1, max_key.bit_length()) / 8)
     keys_per_block = 3840 if gpu.capability < (9, 0) else 4608
     arrays = 2 * math.ceil(n * INDEX_BYTES / 256) * 256 if passes > 1 else 0
     return (arrays + passes * 256 * INDEX_BYTES + math.ceil(n / keys_per_block) * 1024 + 256 + 255,)
@@ -229,7 +228,7 @@ def attention_kernel(
     flash_fits = shared_heads and ampere and half and mask is None and width_fits
     if cuda.flash_sdp_enabled() and flash_fits and causal_is_square:
         return FLASH
-    alignment = 1  # Rows begin at multiples of so many elements.
+    alignment = 1  # elements; each row begins at a multiple of it
     if half:
         alignment = 8
     elif ampere:
@@ -292,7 +291,7 @@ def _efficient_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *args: Any,  # bias, out, lse, seed, offset, dropout and more
+    *args: Any,
 ) -> Scratch:
     """transformers/cuda/attention_backward.cu and mem_eff_attention/kernel_backward.h: the row sums
     of the gradient times the output, and partial gradients in fp32.
@@ -300,7 +299,7 @@ def _efficient_backward(
     In fp32 PyTorch's own operators compute the row sums, with temporary tensors. The queries always
     have partial gradients; keys and values have them if they do not fit into registers.
     """
-    _, _, _, _, _, dropout, *_ = args
+    _bias, _out, _lse, _seed, _offset, dropout, *_ = args
     batch, heads, rows, width = query.shape
     keys = key.shape[2]
     value_width = value.shape[-1]
@@ -308,16 +307,16 @@ def _efficient_backward(
     total_heads = batch * heads
     widest = max(width, value_width)
     query_block, key_block, max_in_registers = _efficient_blocks(gpu, widest, half, dropout)
-    staged = half and widest > max_in_registers
+    stores_key_partials = half and widest > max_in_registers  # and those of values
     splits = math.ceil(keys / key_block)
     deterministic = torch.are_deterministic_algorithms_enabled()
     if deterministic or (total_heads >= 256 and keys <= 2 * key_block):
         splits = 1
-    if staged:
+    if stores_key_partials:
         splits = max(1, min(splits, 200 // total_heads))
     tiles = math.ceil(rows / query_block) * math.ceil(width / key_block)
-    elements = tiles * (4 + query_block * key_block)  # a lock and a counter, padded, each
-    if staged:
+    elements = tiles * (4 + query_block * key_block)  # 4: a tile's lock and counter, padded
+    if stores_key_partials:
         widths = round_up(width, query_block) + round_up(value_width, query_block)
         elements += splits * key_block * widths
     sums = total_heads * rows * 4
@@ -348,5 +347,5 @@ FORMULAS: dict[OpOverload, Callable[..., Scratch]] = {
 PRODUCT_NAMES = "mm bmm addmm baddbmm mv addmv dot vdot"
 PRODUCTS = {getattr(aten, name).default for name in PRODUCT_NAMES.split()}
 PRODUCTS |= {aten.mm.out, aten.bmm.out, aten.addmm.out, aten.addmm_.default}
-LT_WORKSPACE = 1 << 20  # bytes, of cublasLt, which multiplies where there is a bias
+LT_WORKSPACE = 1 << 20  # bytes for cublasLt, which computes the products with a bias
 KEEPS_WORKSPACES = torch.__version__ < "2.15"  # TorchVersion compares versions, not texts

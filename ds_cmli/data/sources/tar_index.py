@@ -24,7 +24,8 @@ from ds_cmli.errors import blame
 from ds_cmli.files import cache_folder
 
 FIELDS = ("image", "text", "json")
-COLUMN_OF_ENDING = {"jpg": 0, "jpeg": 0, "png": 0, "webp": 0, "txt": 2, "json": 4}  # of ROW
+# The column of ROW for a member's block; the next column is for its size.
+COLUMN_OF_ENDING = {"jpg": 0, "jpeg": 0, "png": 0, "webp": 0, "txt": 2, "json": 4}
 BLOCK_BYTES = tarfile.BLOCKSIZE
 # For each field: the block at which its member's content begins, and the member's size in bytes.
 # Both are 0 if the sample has no such member.
@@ -36,7 +37,7 @@ SET_CACHE = "free some space, or set DS_CMLI_CACHE"
 FOOTER = struct.Struct("<8sQ16s")  # magic, samples left out, BLAKE2b of the rows
 READ_BYTES = 8192  # at a header: what follows a small member is read with it
 NUM_THREADS = 8  # of a rank
-SECONDS_OF_WAITING = 1.0
+SECONDS_OF_WAITING = 1.0  # from one sign of progress for the watchdog to the next
 SECONDS_OF_LINE = 10.0  # from one line about progress to the next
 
 
@@ -44,7 +45,7 @@ class Member(NamedTuple):
     """A member of a tar: a file, or a link to one."""
 
     name: str
-    block: int
+    block: int  # at which its content begins
     num_bytes: int
     target: str  # of a link; "" of a file
 
@@ -79,7 +80,7 @@ def index_shards(shards: Sequence[Path]) -> list[ShardIndex]:
 
 
 def index_folder() -> Path:
-    """Return the folder of indices, whose date changes at least each second while any is made."""
+    """Return the folder of indices. Its date changes every second while indices are made."""
     return cache_folder() / "tar-index"
 
 
@@ -96,12 +97,12 @@ def read_footer(file: Path) -> ShardIndex | None:
     try:
         with open(file, "rb", buffering=0) as index:
             row_bytes = os.fstat(index.fileno()).st_size - FOOTER.size
-            content = os.pread(index.fileno(), FOOTER.size, max(0, row_bytes))
+            footer = os.pread(index.fileno(), FOOTER.size, max(0, row_bytes))
     except OSError:
         return None
-    if row_bytes < 0 or row_bytes % ROW.itemsize or not content.startswith(MAGIC):
+    if row_bytes < 0 or row_bytes % ROW.itemsize or not footer.startswith(MAGIC):
         return None
-    _, left_out, digest = FOOTER.unpack(content)
+    _magic, left_out, digest = FOOTER.unpack(footer)
     return ShardIndex(file, row_bytes // ROW.itemsize, left_out, digest)
 
 
@@ -111,7 +112,7 @@ def map_rows(index: ShardIndex) -> np.ndarray:
 
 
 def is_damaged(index: ShardIndex) -> bool:
-    """Return whether the rows of an index are not those that were written."""
+    """Return True if the rows of an index are not those that were written."""
     return _digest(map_rows(index)) != index.digest
 
 
@@ -140,15 +141,15 @@ def _digest(rows: np.ndarray) -> bytes:
 
 
 def _make_missing(files: Mapping[Path, Path]) -> dict[Path, ShardIndex]:
-    """Make and return the index of each shard; `files` are those of the indices."""
+    """Make and return the index of each shard. `files`: the path of each shard's index."""
 
     def make(shard: Path) -> ShardIndex:
         # Another rank may have made it.
         return read_footer(files[shard]) or save_index(scan(shard), files[shard])
 
     shards = list(files)
-    start = time.monotonic()
-    last_line = start
+    start_time = time.monotonic()
+    last_line_time = start_time
     pool = ThreadPoolExecutor(NUM_THREADS)
     try:
         futures = {n: pool.submit(make, shards[n]) for n in _order_of_rank(len(shards))}
@@ -160,11 +161,11 @@ def _make_missing(files: Mapping[Path, Path]) -> dict[Path, ShardIndex]:
             num_samples += sum(future.result().num_samples for future in done)
             num_done = len(shards) - len(running)
             time_now = time.monotonic()
-            if num_done and time_now - last_line > SECONDS_OF_LINE:
-                last_line = time_now
-                # Other ranks have made some that are not yet met here.
+            if num_done and time_now - last_line_time > SECONDS_OF_LINE:
+                last_line_time = time_now
+                # Count files, because other ranks make indices, too.
                 num_made = sum(map(os.path.exists, files.values()))
-                seconds_left = (time_now - start) / num_made * (len(shards) - num_made)
+                seconds_left = (time_now - start_time) / num_made * (len(shards) - num_made)
                 so_far = f"{num_made:,} of {len(shards):,} tars"
                 samples = f"some {num_samples * num_made // num_done:,} samples"
                 print_line(f"indexing: {so_far}, {samples}, {seconds_left:.0f} s left")
@@ -174,7 +175,9 @@ def _make_missing(files: Mapping[Path, Path]) -> dict[Path, ShardIndex]:
 
 
 def _order_of_rank(length: int) -> list[int]:
-    from ds_cmli.distributed import process_group as distributed  # with torch
+    """Return the numbers below `length` in the order in which this rank makes these indices."""
+    # Imported here, because it imports torch, which a process that only fetches does without.
+    from ds_cmli.distributed import process_group as distributed
 
     rank = distributed.rank()
     world_size = distributed.world_size()
@@ -201,7 +204,7 @@ def scan(shard: Path) -> np.ndarray:
 def group_samples(members: list[Member]) -> np.ndarray:
     """Return the samples that members of a tar make up, `ROW` [n]."""
     samples: list[list[int]] = []
-    last: dict[str, list[int]] = {}  # the last sample of each name
+    latest_samples: dict[str, list[int]] = {}  # by name
     links: list[tuple[list[int], int, str]] = []  # sample, its column, and what it links to
     for name, block, num_bytes, target in members:
         folder, _, base = name.rpartition("/")
@@ -210,10 +213,10 @@ def group_samples(members: list[Member]) -> np.ndarray:
         if not stem or column is None:
             continue
         key = f"{folder}/{stem}"
-        sample = last.get(key)
+        sample = latest_samples.get(key)
         if sample is None or sample[column]:
             sample = [0] * NUM_COLUMNS
-            last[key] = sample
+            latest_samples[key] = sample
             samples.append(sample)
         sample[column] = block
         sample[column + 1] = min(num_bytes, MAX_U4)
@@ -285,7 +288,7 @@ class FastHeader(tarfile.TarInfo):
 
 
 def _content_size(header: bytes) -> int:
-    """Return the size of a member's content, or -1 if its header is none that every tar has."""
+    """Return the size of a member's content, or -1 if its header is not a valid basic one."""
     checksum_field = header[148:156]
     try:
         checksum = int(checksum_field.rstrip(b"\0 "), 8)
@@ -301,7 +304,7 @@ def _content_size(header: bytes) -> int:
 
 
 def _are_dates(records: bytes) -> bool:
-    """Return whether a pax header changes nothing of the next member but its dates."""
+    """Return True if a pax header changes nothing of the next member but its dates."""
     lines = records.splitlines(keepends=True)
     dates = [re.fullmatch(rb"(\d+) [acm]time=[0-9.-]*\n", line) for line in lines]
     return all(date and int(date[1]) == len(line) for date, line in zip(dates, lines, strict=True))
